@@ -1,0 +1,28 @@
+# Two commands for everyone: `make score`, `make test`. Both set up their own .venv first.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+
+.PHONY: score test lint setup clean
+score: setup
+	@$(PY) -m submit score all
+
+test: setup lint
+	@$(PY) -m pytest -q --durations=8
+
+lint: setup
+	@$(PY) -m ruff check .
+
+# Redone only when the text of requirements.txt differs from what was installed last.
+setup:
+	@cmp -s requirements.txt $(VENV)/requirements.installed || $(MAKE) --no-print-directory install
+
+install:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON): expected Python >= 3.10, found " + sys.version.split()[0])'
+	@echo "Setting up $(VENV) (once; several minutes, about 6 GB with the CUDA build of torch) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@cp requirements.txt $(VENV)/requirements.installed
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What the tasks are given: images, sets, zoos; readers, validators and builders."""
