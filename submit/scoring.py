@@ -1,0 +1,122 @@
+"""The three scores of the contest, as its organizers compute them."""
+from __future__ import annotations
+
+import numpy as np
+
+from data.errors import expect
+from submit.aupro import aupro
+from submit.pixel_curves import level_counts, ranking_metrics
+from submit.rules import rules
+
+IMAGE_METRICS = ("image_auroc", "image_f1", "image_ap")
+PIXEL_METRICS = ("pixel_auroc", "pixel_f1", "pixel_ap", "pixel_aupro")
+BLOCK = 1024  # queries compared with the whole database at a time
+
+
+def best_matches(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
+    """Index (Q,) of the database row of highest cosine similarity for each query; the first among equals."""
+    _check_embeddings("query embeddings", queries)
+    _check_embeddings("database embeddings", database)
+    expect(queries.shape[1] == database.shape[1], "query embeddings", f"width {database.shape[1]}, as the "
+           "database has", queries.shape[1])
+    unit = _unit_rows(database).T
+    blocks = [(_unit_rows(queries[i:i + BLOCK]) @ unit).argmax(1) for i in range(0, len(queries), BLOCK)]
+    return np.concatenate(blocks)
+
+
+def _check_embeddings(where: str, rows: np.ndarray) -> None:
+    expect(rows.ndim == 2 and len(rows) > 0, where, "shape (rows, width), rows > 0", rows.shape)
+    expect(np.isfinite(rows).all(), where, "finite values", "NaN or infinity")
+    expect(np.abs(rows).max(1).min() > 0, where, "no row of zeros (it has no direction)", "one")
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def retrieval_accuracy(queries: np.ndarray, database: np.ndarray, targets: np.ndarray) -> float:
+    """Top-1 accuracy in percent: queries (Q, D), database (G, D), targets (Q,) rows of the database."""
+    expect(len(targets) == len(queries), "targets", f"{len(queries)}, one a query", len(targets))
+    return 100 * float((best_matches(queries, database) == np.asarray(targets)).mean())
+
+
+def anomaly_metrics(image_truth: np.ndarray, image_scores: np.ndarray,
+                    pixel_truth: np.ndarray | None, pixel_scores: np.ndarray | None) -> dict[str, float]:
+    """The seven metrics of one category and their weighted mean `leaderboard_score`, all in [0, 1].
+
+    image_truth, image_scores: (N,); pixel_truth, pixel_scores: (N, H, W) or (N, 1, H, W); truth 1 = defect,
+    a higher score is more anomalous. A metric without a value counts as 0, as in the contest.
+    """
+    measured = measured_metrics(image_truth, image_scores, pixel_truth, pixel_scores)
+    values = {name: value or 0.0 for name, value in measured.items()}
+    return values | {"leaderboard_score": weighted_score(values)}
+
+
+def measured_metrics(image_truth: np.ndarray, image_scores: np.ndarray, pixel_truth: np.ndarray | None,
+                     pixel_scores: np.ndarray | None) -> dict[str, float | None]:
+    """The seven metrics in [0, 1]; None where one is undefined: a single label, no defect, constant maps.
+
+    Without pixel arrays (None) the four pixel metrics are None.
+    """
+    image_truth, image_scores = np.asarray(image_truth).astype(bool), np.asarray(image_scores)
+    _check_scores("image scores", image_truth, image_scores)
+    values: dict[str, float | None] = dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS)
+    if _two_sided(image_truth):
+        values |= _ranking("image", image_truth, image_scores)
+    if pixel_truth is not None and pixel_scores is not None:
+        pixel_truth, pixel_scores = _maps(pixel_truth).astype(bool), _maps(pixel_scores)
+        _check_scores("pixel scores", pixel_truth, pixel_scores)
+        if _two_sided(pixel_truth):
+            values |= _ranking("pixel", pixel_truth, pixel_scores)
+            values["pixel_aupro"] = aupro(pixel_truth, pixel_scores)
+    return values
+
+
+def _two_sided(truth: np.ndarray) -> bool:
+    return bool(truth.any() and not truth.all())
+
+
+def _ranking(level: str, truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    auroc, average_precision, f1 = ranking_metrics(*level_counts(truth, scores))
+    return {f"{level}_auroc": float(auroc), f"{level}_f1": float(f1), f"{level}_ap": float(average_precision)}
+
+
+def _maps(values: np.ndarray) -> np.ndarray:
+    """(N, H, W) from (N, H, W) or (N, 1, H, W)."""
+    values = np.asarray(values)
+    expect(values.ndim == 3 or (values.ndim == 4 and values.shape[1] == 1), "pixel arrays",
+           "shape (N, H, W) or (N, 1, H, W)", values.shape)
+    return values.reshape(len(values), *values.shape[-2:])
+
+
+def _check_scores(where: str, truth: np.ndarray, scores: np.ndarray) -> None:
+    expect(truth.shape == scores.shape, where, f"shape {truth.shape}, as the truth", scores.shape)
+    expect(np.isfinite(scores).all(), where, "finite values", "NaN or infinity")
+
+
+def weighted_score(values: dict[str, float], names: tuple[str, ...] = IMAGE_METRICS + PIXEL_METRICS) -> float:
+    """The mean of the metrics `names` with the contest's weights."""
+    weights = rules("anomaly").weights
+    return sum(weights[name] * values[name] for name in names) / sum(weights[name] for name in names)
+
+
+def backdoored(ground_truth: np.ndarray) -> np.ndarray:
+    """1 = backdoored, 0 = clean, from the contest's `ground_truth`, where 0 = backdoored and 1 = clean.
+
+    The only place where the contest's label is turned around.
+    """
+    ground_truth = np.asarray(ground_truth)
+    expect(np.isin(ground_truth, (0, 1)).all(), "ground_truth", "0 (backdoored) or 1 (clean)",
+           sorted(set(ground_truth.tolist()) - {0, 1}))
+    return 1 - ground_truth
+
+
+def detection_accuracy(predictions: np.ndarray, ground_truth: np.ndarray) -> float:
+    """Accuracy in percent of predictions, 1 = backdoored, against the contest's labels, 0 = backdoored."""
+    predictions = np.asarray(predictions)
+    expect(predictions.shape == np.shape(ground_truth) and predictions.size, "predictions",
+           f"shape {np.shape(ground_truth)}, not empty", predictions.shape)
+    expect(np.isin(predictions, (0, 1)).all(), "predictions", "0 (clean) or 1 (backdoored)",
+           sorted(set(predictions.tolist()) - {0, 1}))
+    return 100 * float((predictions == backdoored(ground_truth)).mean())
