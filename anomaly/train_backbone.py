@@ -1,0 +1,239 @@
+"""Training of the small backbone, on generated surfaces only.
+
+The objective is the use: in a small set of images of one kind, some disturbed, the mutual scores (MuSc, Li et al., ICLR
+2024, arXiv:2401.16753) of disturbed patches are to rank above those of all others. Light, shift, turn and noise vary
+within a set, so features learn to ignore them. Departs from it: MuSc takes a pretrained net and trains nothing.
+Data of step i depend on (seed, i) alone; an interrupted training goes on from its checkpoint with the same result.
+"""
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+from torch import Generator, Tensor
+from torch.nn.functional import avg_pool2d, softplus
+
+from anomaly.backbone import Backbone, BackboneConfig, Features, config_record, random_backbone
+from anomaly.lnamd import neighbourhood_features
+from anomaly.training_textures import texture_set
+from data.errors import expect
+from data.files import new_folder, write_json
+
+COMMAND = "python -m submit weights train backbone"
+SMALL = BackboneConfig(
+    "vit_tiny_patch16_224", layers=(2, 4), size=(240, 240), mean=(0.5,) * 3, std=(0.25,) * 3,
+    arguments={"img_size": 240, "patch_size": 12, "embed_dim": 128, "depth": 5, "num_heads": 4,
+               "dynamic_img_size": True})
+DEGREES = (1, 3)  # as scoring uses them
+VALIDATION_SEED = 1_000_003  # sets of the validation start here; training sets are seeded by (seed, step)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = 2000  # one set of images each; 20 minutes of one CPU core
+    normal: int = 3  # undisturbed images of a set
+    disturbed: int = 3
+    learning_rate: float = 1e-3
+    warmup: int = 100  # steps
+    weight_decay: float = 0.05
+    clip: float = 1.0  # norm of the gradient
+    checkpoint_every: int = 200  # steps
+
+    def __post_init__(self) -> None:
+        expect(self.steps >= 1, "TrainingConfig.steps", ">= 1", self.steps)
+        expect(self.normal >= 1 and self.disturbed >= 1 and self.normal + self.disturbed >= 3,
+               "TrainingConfig.normal, disturbed", "at least one of each and three in all",
+               (self.normal, self.disturbed))
+
+
+def train(folder: Path, *, seed: int = 0, config: TrainingConfig | None = None, backbone_config: BackboneConfig = SMALL,
+          progress: Callable[[str], None] | None = None) -> dict:
+    """Train the backbone and write config.json, model.safetensors (float16) and card.json to the new `folder`.
+
+    Returns the card. Runs on the CPU with the caller's number of threads; `progress` gets a line now and then.
+    """
+    config = config or TrainingConfig()
+    expect(not folder.exists(), folder, "a path where nothing lies yet", "an existing file or folder")
+    start = time.monotonic()
+    backbone = _fresh(backbone_config, seed)
+    before = validation_figures(backbone)
+    seconds = _optimise(backbone, config, seed, folder.with_name(folder.name + ".checkpoint.pt"), progress)
+    half = {name: value.half().contiguous() for name, value in backbone.net.state_dict().items()}
+    backbone.net.load_state_dict({name: value.float() for name, value in half.items()})  # figures of what is stored
+    card = {"command": COMMAND, "seed": seed, "seconds": round(seconds), "training": asdict(config),
+            "data": "generated surfaces and objects (anomaly/training_textures.py), no photograph",
+            "figures": {"validation": validation_figures(backbone), "validation before training": before,
+                        "validation sets": f"generated, seeds from {VALIDATION_SEED}"},
+            "parameters": sum(value.numel() for value in half.values()),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}}
+    with new_folder(folder) as scratch:
+        write_json(scratch / "config.json", config_record(backbone_config))
+        save_file(half, scratch / "model.safetensors")
+        write_json(scratch / "card.json", card)
+    folder.with_name(folder.name + ".checkpoint.pt").unlink(missing_ok=True)
+    if progress:
+        progress(f"done in {time.monotonic() - start:.0f} s: {json.dumps(card['figures'])}")
+    return card
+
+
+def _fresh(config: BackboneConfig, seed: int) -> Backbone:
+    """Random weights, positions as waves: so nearness is known from the first step."""
+    backbone = random_backbone(config, seed=seed)
+    table = backbone.net.pos_embed.data  # (1, 1 + L, D), class first
+    table[:, 1:] = 0.5 * _waves(backbone.grid, table.shape[-1])
+    return backbone
+
+
+def _waves(grid: tuple[int, int], width: int) -> Tensor:
+    """Sines and cosines of row and column, (rows * columns, width)."""
+    rates = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
+    rows, columns = (torch.arange(side)[:, None] * rates for side in grid)
+    parts = [f(rows)[:, None].expand(-1, grid[1], -1) for f in (torch.sin, torch.cos)]
+    parts += [f(columns)[None].expand(grid[0], -1, -1) for f in (torch.sin, torch.cos)]
+    return torch.cat(parts, -1).flatten(0, 1)
+
+
+def _optimise(backbone: Backbone, config: TrainingConfig, seed: int, checkpoint: Path,
+              progress: Callable[[str], None] | None) -> float:
+    """Run the steps that are left; returns the seconds of all steps, those before an interruption too."""
+    optimiser = torch.optim.AdamW(backbone.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
+                                  weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, config))
+    first, spent = _resumed(checkpoint, backbone, optimiser, schedule, [seed, asdict(config)])
+    start, losses = time.monotonic() - spent, []
+    backbone.train()
+    for step in range(first, config.steps):
+        losses.append(_step(backbone, optimiser, config, seed, step))
+        schedule.step()
+        if (step + 1) % config.checkpoint_every == 0:
+            torch.save({"of": [seed, asdict(config)], "step": step + 1, "seconds": time.monotonic() - start,
+                        "net": backbone.net.state_dict(), "optimiser": optimiser.state_dict(),
+                        "schedule": schedule.state_dict()}, checkpoint)
+            if progress:
+                progress(f"step {step + 1} of {config.steps}, loss {np.mean(losses):.4f}")
+            losses = []
+    backbone.eval()
+    return time.monotonic() - start
+
+
+def _rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    rest = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * max(0.0, rest)))
+
+
+def _resumed(checkpoint: Path, backbone: Backbone, optimiser: torch.optim.Optimizer,
+             schedule: torch.optim.lr_scheduler.LRScheduler, of: list) -> tuple[int, float]:
+    """Step and seconds to go on from: those of a checkpoint of the same training, else 0."""
+    if not checkpoint.is_file():
+        return 0, 0.0
+    state = torch.load(checkpoint, weights_only=True)
+    expect(state["of"] == of, checkpoint, f"the checkpoint of {of}", state["of"])
+    backbone.net.load_state_dict(state["net"])
+    optimiser.load_state_dict(state["optimiser"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"], state["seconds"]
+
+
+def _step(backbone: Backbone, optimiser: torch.optim.Optimizer, config: TrainingConfig, seed: int, step: int) -> float:
+    generator = Generator().manual_seed(seed * 100_000 + step)
+    images, changed = texture_set(config.normal, config.disturbed, backbone.config.size[0], generator=generator)
+    share = patch_share(changed, backbone.grid)
+    features = backbone(images)
+    loss = ranking_loss(set_scores(features), share) + 0.2 * class_loss(features.classes, share)
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.clip)
+    optimiser.step()
+    return float(loss.detach())
+
+
+def patch_share(changed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Share of changed pixels in each patch, (N, L) in [0, 1], of (N, H, W) bool."""
+    step = (changed.shape[1] // grid[0], changed.shape[2] // grid[1])
+    return avg_pool2d(changed[:, None].float(), step).flatten(1)
+
+
+DISTURBED_FROM = 0.03  # share of changed pixels that makes a patch a disturbed one; less but not none is left out
+
+
+def set_scores(features: Features) -> Tensor:
+    """Mutual scores (N, L) of a small set, by the plain formula and with a gradient."""
+    total = 0
+    for layer in features.layers:
+        for degree in DEGREES:
+            total = total + _plain_scores(neighbourhood_features(layer, features.grid, degree))
+    return total / (len(features.layers) * len(DEGREES))
+
+
+def _plain_scores(patches: Tensor) -> Tensor:
+    """Mean distance to the nearest patch of the closest third (two at least) of the other images: (N, L)."""
+    count, length, _ = patches.shape
+    with torch.no_grad():  # which patch is nearest; the gradient needs the chosen pairs only
+        nearest = torch.stack([torch.stack([(one @ other.T).argmax(-1) for other in patches]) for one in patches])
+    images = torch.arange(count)[None, :, None]
+    apart = patches[:, None] - patches[images, nearest]  # (N, N, L, D)
+    distance = apart.square().sum(-1).clamp_min(1e-6).sqrt()  # bounded off 0: the root has no slope there
+    own = torch.eye(count, dtype=torch.bool)[:, :, None]
+    closest = distance.masked_fill(own, 9.0).sort(1).values
+    return closest[:, :min(count - 1, max(2, count // 3))].mean(1)
+
+
+def ranking_loss(scores: Tensor, share: Tensor) -> Tensor:
+    """How often and how far normal patches and images rank above disturbed ones; 0 is best.
+
+    scores, share: (N, L). Differences count in units of the spread of the normal scores.
+    """
+    low, high = scores[share == 0], scores[share >= DISTURBED_FROM]
+    if not len(low) or not len(high):
+        return scores.sum() * 0
+    unit = low.detach().std().clamp_min(1e-3)
+    loss = softplus((low[:, None] - high[None, :]) / unit).mean()
+    spoilt = (share >= DISTURBED_FROM).any(1)
+    clean = (share == 0).all(1)
+    if spoilt.any() and clean.any():
+        top = scores.topk(2, dim=1).values.mean(1)
+        loss = loss + 0.3 * softplus((top[clean][:, None] - top[spoilt][None, :]) / unit).mean()
+    return loss
+
+
+def class_loss(classes: Tensor, share: Tensor) -> Tensor:
+    """Cross-entropy of telling by class features, (N, C) of unit length, which other image is in the same state.
+
+    RsCIN averages image scores over images with like class features; so the disturbed ones are to be like each other.
+    """
+    spoilt = (share >= DISTURBED_FROM).any(1)
+    sure = spoilt | (share == 0).all(1)
+    classes, spoilt = classes[sure], spoilt[sure]
+    own = torch.eye(len(classes), dtype=torch.bool)
+    same = (spoilt[:, None] == spoilt[None, :]) & ~own
+    if not same.any() or spoilt.all() or not spoilt.any():
+        return classes.sum() * 0
+    logs = (classes @ classes.T / 0.1).masked_fill(own, -1e4).log_softmax(1)
+    return -(logs * same).sum(1)[same.any(1)].div(same.sum(1)[same.any(1)]).mean()
+
+
+@torch.inference_mode()
+def validation_figures(backbone: Backbone, *, sets: int = 24) -> dict[str, float]:
+    """Mean AUROC over generated sets of images and patches, of seeds that training never sees."""
+    found = {"image_auroc": [], "patch_auroc": []}
+    for index in range(sets):
+        generator = Generator().manual_seed(VALIDATION_SEED + index)
+        images, changed = texture_set(6, 6, backbone.config.size[0], generator=generator)
+        share = patch_share(changed, backbone.grid)
+        scores = set_scores(backbone(images))
+        for name, truth, score in (("image_auroc", (share >= DISTURBED_FROM).any(1), scores.amax(1)),
+                                   ("patch_auroc", share >= DISTURBED_FROM, scores)):
+            if truth.any() and not truth.all():
+                found[name].append(roc_auc_score(truth.flatten().numpy(), score.flatten().numpy()))
+    return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
