@@ -8,6 +8,7 @@ import torch
 from data.errors import expect
 
 VARIABLE = "KIT_DEVICE"  # set by `python -m submit ... --device`
+WHERE = f"--device (${VARIABLE})"
 
 
 def chosen_device() -> torch.device:
@@ -19,6 +20,6 @@ def chosen_device() -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    expect(device is not None, VARIABLE, "auto, cpu, cuda or cuda:N", name)
-    expect(device.type != "cuda" or torch.cuda.is_available(), VARIABLE, "a device of this machine", name)
+    expect(device is not None, WHERE, "auto, cpu, cuda or cuda:N", name)
+    expect(device.type != "cuda" or torch.cuda.is_available(), WHERE, "a device of this machine", name)
     return device

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from data.errors import expect
 
@@ -54,3 +57,10 @@ def fingerprint(*parts: object) -> str:
         content = part.read_bytes() if isinstance(part, Path) else repr(part).encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()[:16]
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """`array` as the bytes of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
