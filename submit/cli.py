@@ -1,0 +1,163 @@
+"""The command line: `python -m submit ...`. Parses, calls, prints; bad input ends in one line."""
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data.devices import VARIABLE
+from data.errors import InputError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  no_args_is_help=True,
+                  help="Submission kit for trustworthy-AI contests: predict, score and train, as the organizers do.")
+zoo_app = typer.Typer(no_args_is_help=True, help="Model zoos in the organizers' layout.")
+weights_app = typer.Typer(no_args_is_help=True, help="The embedded weights.")
+app.add_typer(zoo_app, name="zoo")
+app.add_typer(weights_app, name="weights")
+
+UsageProblem = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps its click
+
+TASKS = ("retrieval", "anomaly", "backdoor")
+
+
+class Task(str, Enum):
+    retrieval = "retrieval"
+    anomaly = "anomaly"
+    backdoor = "backdoor"
+    all = "all"
+
+
+class Weights(str, Enum):
+    parser = "parser"
+    encoder = "encoder"
+    backbone = "backbone"
+
+
+Seed = Annotated[int, typer.Option(help="Seed of the generated data and of every random draw.", min=0)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
+Runs = Annotated[Path, typer.Option(help="Folder for records and predictions.")]
+
+
+@app.command(epilog="Example: python -m submit score anomaly --data my_parts/")
+def score(
+    task: Annotated[Task, typer.Argument(help="Which task, or all three.", show_choices=True)],
+    data: Annotated[Path | None, typer.Option(
+        help="Folder in the organizers' layout; for `all`, one with a folder per task. Default: the built-in dev "
+             "split.")] = None,
+    predictions: Annotated[Path | None, typer.Option(
+        help="Score the outputs in this folder instead of predicting; for `all`, a folder per task.")] = None,
+    seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
+) -> None:
+    """Predict and score a task as the organizers do. An interrupted run goes on when it is started again."""
+    from submit.score_run import finish_run, score_task
+    from submit.tables import print_outcomes, print_record, unit_progress
+
+    device = _use_device(device)
+    run = _new_run(runs, f"score-{task.value}")
+    tasks = TASKS if task is Task.all else (task.value,)
+    outcomes = []
+    with unit_progress() as progress:
+        for name in tasks:
+            inside = name if task is Task.all else ""
+            outcomes.append(score_task(
+                name, runs, data=data and data / inside, predictions=predictions and predictions / inside,
+                seed=seed, device=device, progress=progress))
+    record = finish_run(run, outcomes, command=_command(), seed=seed, device=device)
+    print_record(record) if json else print_outcomes(outcomes, run / "record.json")
+    raise typer.Exit(1 if any(outcome.problems for outcome in outcomes) else 0)
+
+
+@zoo_app.command("build", epilog="Example: python -m submit zoo build --out zoos/mine --set digits --models 12")
+def zoo_build(
+    out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],
+    set_name: Annotated[str, typer.Option("--set", help="digits, mnist, or a name for the ImageFolder in --data.")]
+    = "digits",
+    data: Annotated[Path | None, typer.Option(help="Folder of the image set (not for digits).")] = None,
+    models: Annotated[int, typer.Option(help="Number of models, every second one backdoored.", min=2)] = 12,
+    attacks: Annotated[str, typer.Option(help="Attacks, taken in turn, with commas between.")] = "badnets,blended",
+    ratio: Annotated[float, typer.Option(help="Poisoned share of the training set.", min=0, max=1)] = 0.1,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 20,
+    width: Annotated[int, typer.Option(help="Channels of the first stage (the contest's models: 64).", min=1)] = 8,
+    seed: Seed = 0, device: Device = "auto", json: Json = False,
+) -> None:
+    """Train clean and backdoored models and lay them out as the organizers do; goes on where it was stopped."""
+    from submit.zoo_commands import build, zoo_config
+
+    config = zoo_config(models=models, attacks=attacks.split(","), ratio=ratio, epochs=epochs, width=width, seed=seed)
+    problems = build(out, set_name, data, config, device=_use_device(device), as_json=json)
+    raise typer.Exit(1 if problems else 0)
+
+
+@zoo_app.command("inspect", epilog="Example: python -m submit zoo inspect data/zoos/digits")
+def zoo_inspect(folder: Annotated[Path, typer.Argument(help="Folder of a zoo.")], json: Json = False) -> None:
+    """List the models of a zoo, and what is wrong with those that cannot be read."""
+    from submit.zoo_commands import inspect
+
+    raise typer.Exit(1 if inspect(folder, as_json=json) else 0)
+
+
+@weights_app.command("train", epilog="Example: python -m submit weights train parser --out my_parser")
+def weights_train(
+    name: Annotated[Weights, typer.Argument(help="Which of the embedded models.")],
+    out: Annotated[Path, typer.Option(help="New folder for the weights and their card.")],
+    seed: Seed = 0,
+) -> None:
+    """Train one of the embedded models from scratch, with the script that made the committed weights."""
+    from submit.weight_commands import train
+
+    train(name.value, out, seed=seed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 something could not be scored, 2 bad input, 130 interrupted."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        status = app(arguments, standalone_mode=False)
+    except UsageProblem as error:
+        asked_nothing = type(error).__name__ == "NoArgsIsHelpError"  # the help is printed already
+        reason = error.format_message().replace("Value error, ", "")
+        status = 2 if asked_nothing else _complain(f"{reason} (see --help)")
+    except InputError as error:
+        status = _complain(error)
+    except OSError as error:
+        place = error.filename or "file system"
+        status = _complain(f"{place}: expected to read and write here, found {error.strerror or error}")
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def _complain(message: object) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def _use_device(name: str) -> str:
+    """Check the device and make it the one that predict functions use."""
+    from data.devices import chosen_device
+
+    os.environ[VARIABLE] = name
+    return str(chosen_device())
+
+
+def _new_run(runs: Path, name: str) -> Path:
+    """A folder name that no earlier run has; an unwritable place is found out now, not after the work."""
+    runs.mkdir(parents=True, exist_ok=True)
+    if not os.access(runs, os.W_OK):
+        raise InputError(f"{runs}: expected a folder to write to, found a read-only one")
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    taken = [path.name for path in runs.glob(f"{stamp}*")]
+    return runs / (f"{stamp}-{len(taken) + 1}" if taken else stamp)
+
+
+def _command() -> str:
+    return " ".join(["python -m submit", *sys.argv[1:]])

@@ -1,0 +1,107 @@
+"""One scoring run: read, predict what is not predicted yet, score, record."""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from data.errors import InputError, expect
+from data.files import fingerprint, write_json
+from submit.dev_splits import ROOT, dev_split
+from submit.organizer_files import write_results
+from submit.records import environment, peak_memory_gib
+from submit.results import Result, Split
+from submit.rules import place, rules
+from submit.units import Units
+
+PACKAGES = {"retrieval": "retrieval", "anomaly": "anomaly", "backdoor": "backdoor_detection"}
+CODE = {".py", ".txt", ".safetensors", ".json"}
+Progress = Callable[[str, int, int], None]  # task, units done, units in all
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task's result with what it took."""
+
+    task: str
+    result: Result
+    seconds: float
+    place: int | None
+    dev: bool  # scored on the built-in split
+    problems: tuple[InputError, ...]
+    fresh_predictions: Path | None
+
+
+def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | None, seed: int, device: str,
+               progress: Progress) -> Outcome:
+    """Score one task, after predicting into `runs/unfinished` unless `predictions` holds the outputs."""
+    module = import_module(f"submit.task_{task}")
+    folder = data or dev_split(task, seed)
+    start = time.perf_counter()
+    split = module.read(folder)
+    problems, saved_seconds = split.problems, 0.0
+    if predictions is None:
+        units = Units(_unfinished(task, runs, folder, device))
+        saved_seconds = sum(units.seconds.values())
+        failed = _predict(task, module, split, units, progress)
+        split = replace(split, units={name: unit for name, unit in split.units.items() if name not in failed})
+        problems += tuple(failed.values())
+        expect(split.units, folder, "at least one part that can be scored", next(iter(failed.values()), "none"))
+    result = module.evaluate(split, predictions or units.folder, seed)
+    seconds = time.perf_counter() - start + saved_seconds
+    where = place(result.value, rules(task).leaderboard)
+    fresh = units.folder if predictions is None else None
+    return Outcome(task, result, seconds, where, data is None, problems + result.problems, fresh)
+
+
+def _predict(task: str, module: ModuleType, split: Split, units: Units, progress: Progress) -> dict[str, InputError]:
+    """Predict what is not finished; the units that cannot be predicted, each with its reason."""
+    failed = {}
+    for done, (name, unit) in enumerate(split.units.items()):
+        progress(task, done, len(split.units))
+        try:
+            units.run(name, partial(module.predict, name, unit, units.folder))
+        except InputError as problem:
+            failed[name] = problem
+    progress(task, len(split.units), len(split.units))
+    return failed
+
+
+def _unfinished(task: str, runs: Path, data: Path, device: str) -> Path:
+    """Where unfinished predictions of this very work lie: same input files, same code and weights, same device."""
+    inputs = [(str(p.relative_to(data)), p.stat().st_size, p.stat().st_mtime_ns)
+              for p in sorted(data.rglob("*")) if p.is_file()]
+    packages = (ROOT / "data", ROOT / PACKAGES[task])
+    code = [p for folder in packages for p in sorted(folder.glob("**/*")) if p.suffix in CODE]
+    return runs / "unfinished" / f"{task}-{fingerprint(str(data.resolve()), inputs, device, *code)}"
+
+
+def finish_run(run: Path, outcomes: list[Outcome], *, command: str, seed: int, device: str) -> dict:
+    """Move fresh predictions to `run/predictions`, write the organizers' result files and, last, the record."""
+    for outcome in outcomes:
+        if outcome.fresh_predictions:
+            (run / "predictions").mkdir(parents=True, exist_ok=True)
+            os.replace(outcome.fresh_predictions, run / "predictions" / outcome.task)
+        if outcome.task == "anomaly":
+            write_results(run / "output", outcome.result.parts)
+    record = {"command": command, "seed": seed, "device": device,
+              "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+              "results": [_result_record(outcome) for outcome in outcomes],
+              "environment": environment(), "peak_memory_gib": peak_memory_gib()}
+    write_json(run / "record.json", record)
+    return record
+
+
+def _result_record(outcome: Outcome) -> dict:
+    result = outcome.result
+    return {"task": outcome.task, "metric": rules(outcome.task).metric, "value": result.value,
+            "interval_95": list(result.interval), "n": result.n, "counted": result.counted,
+            "seconds": round(outcome.seconds, 3), "place_in_top_10": outcome.place, "dev_split": outcome.dev,
+            **result.extra, "notes": list(result.notes), "problems": [str(p) for p in outcome.problems],
+            "parts": result.parts}

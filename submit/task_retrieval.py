@@ -1,0 +1,70 @@
+"""Task 1 from a folder with a CSV to top-1 accuracy. Predictions are two arrays of embeddings."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data.errors import InputError, expect
+from data.files import npy_bytes, write_atomic
+from data.retrieval_set import RetrievalSet, read_retrieval_set
+from submit.intervals import share_interval
+from submit.results import Result, Split
+from submit.scoring import best_matches
+
+SHARD = 256  # rows encoded between two savings
+SIDES = ("query_embeddings", "database_embeddings")
+
+
+def read(folder: Path) -> Split:
+    """The set in `folder`, cut into shards of queries and of database images."""
+    found = read_retrieval_set(folder)
+    units = {}
+    for side, frame in zip(SIDES, (found.queries, found.database), strict=True):
+        for start in range(0, len(frame), SHARD):
+            units[f"{side}-{start:06d}"] = frame.iloc[start:start + SHARD]
+    return Split(found, units, found.problems)
+
+
+def predict(name: str, frame: pd.DataFrame, folder: Path) -> None:
+    """Encode one shard with the functions that are shipped."""
+    from retrieval.predict import encode_database, encode_queries
+
+    encode = encode_queries if name.startswith(SIDES[0]) else encode_database
+    write_atomic(folder / f"{name}.npy", npy_bytes(encode(frame)))
+
+
+def evaluate(split: Split, folder: Path, seed: int) -> Result:
+    """Score `query_embeddings.npy` and `database_embeddings.npy` (or their shards) in `folder`."""
+    found: RetrievalSet = split.data
+    queries, database = (_read_embeddings(folder, side) for side in SIDES)
+    for side, rows, frame in zip(SIDES, (queries, database), (found.queries, found.database), strict=True):
+        expect(len(rows) == len(frame), folder / f"{side}.npy", f"{len(frame)} rows", len(rows))
+    best = best_matches(queries, database)
+    correct = best == np.array(found.targets)
+    images = [Path(p).name for p in found.database["target_image"]]
+    parts = [{"row": int(row), "query": text, "target": images[t], "found": images[b], "correct": bool(t == b)}
+             for row, text, t, b in zip(found.queries.index, found.queries["query_text"], found.targets, best,
+                                        strict=True)]
+    extra = {"database": len(database), "embedding_width": int(queries.shape[1]),
+             "missed_for_the_query_image": _query_wins(found, best, correct)}
+    return Result(100 * float(correct.mean()), share_interval(correct, seed), len(correct), "queries", parts,
+                  extra=extra)
+
+
+def _query_wins(found: RetrievalSet, best: np.ndarray, correct: np.ndarray) -> float:
+    """Share in percent of all queries that wrongly find their own query image."""
+    images = found.database["target_image"].to_numpy()[best]
+    return 100 * float(((images == found.queries["query_image"].to_numpy()) & ~correct).mean())
+
+
+def _read_embeddings(folder: Path, side: str) -> np.ndarray:
+    """One array, or its shards in order. Arrays of Python objects are refused (they could run code)."""
+    whole = folder / f"{side}.npy"
+    files = [whole] if whole.exists() else sorted(folder.glob(f"{side}-*.npy"))
+    expect(files, whole, "an array of embeddings", "no such file")
+    try:
+        return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{files[0]}: expected a NumPy array of numbers, found {error}") from None

@@ -1,0 +1,294 @@
+"""`python -m submit score` from the outside: tables, records, bad input, interruption. Predictors are stand-ins."""
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import anomaly.predict
+import numpy as np
+import pytest
+import retrieval.predict
+from anomaly.score_files import write_scores
+from data.anomaly_tree import read_tree
+from PIL import Image
+
+import backdoor_detection.detection
+from data.files import write_json
+from submit.cli import main
+from submit.dev_splits import DIGITS_ZOO
+
+CALLS: list[str] = []
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout, stderr of `python -m submit ...`."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+def picture(path, value, size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def mask(path, size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros(size, dtype=np.uint8)
+    pixels[4:12, 4:12] = 255
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Two categories of five images, two of them defective, with masks."""
+    root = tmp_path / "parts"
+    for category in ("bolt", "nut"):
+        for i in range(3):
+            picture(root / category / "test" / "good" / f"{i}.png", i)
+        for i in range(2):
+            picture(root / category / "test" / "cut" / f"{i}.png", 10 + i)
+            mask(root / category / "ground_truth" / "cut" / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    root = tmp_path / "scenes"
+    for i, name in enumerate("abc"):
+        picture(root / "images" / f"{name}.png", i)
+    (root / "queries.csv").write_text(
+        "query_image,query_text,target_image\na.png,add cup,b.png\nb.png,add pan,c.png\nc.png,x,a.png\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch, tmp_path):
+    """Quick predictors: defects are bright, a query finds the image it names, margins follow the file."""
+    CALLS.clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KIT_DEVICE", raising=False)
+
+    def predict_category(paths):
+        CALLS.append(Path(paths[0]).parts[-4])
+        scores = np.array([0.9 if "cut" in str(p) else 0.1 for p in paths])
+        maps = np.linspace(0, 1, 224 * 224).reshape(1, 1, 224, 224).repeat(len(paths), 0).round(4)
+        maps[:, :, 28:84, 28:84] *= scores[:, None, None, None]
+        return scores, maps
+
+    def embed(names):
+        CALLS.append("embed")
+        return np.array([[np.cos(ord(name[0])), np.sin(ord(name[0]))] for name in names])
+
+    monkeypatch.setattr(anomaly.predict, "predict_category", predict_category)
+    monkeypatch.setattr(retrieval.predict, "encode_database",
+                        lambda df: embed([Path(p).name for p in df["target_image"]]))
+    monkeypatch.setattr(retrieval.predict, "encode_queries",
+                        lambda df: embed([{"add cup": "b", "add pan": "c"}.get(t, "c") for t in df["query_text"]]))
+    monkeypatch.setattr(backdoor_detection.detection, "judge", lambda *_: SimpleNamespace(
+        backdoored=True, p_value=0.01, suspect=3, margins=[1.0, 2.0]))
+
+
+def test_retrieval_is_predicted_scored_and_recorded(capsys, scenes, tmp_path):
+    status, out, err = run(capsys, "score", "retrieval", "--data", scenes)
+    assert (status, err) == (0, "")
+    assert "66.67" in out and "3 queries" in out and "found instead" in out
+    record = json.loads(next((tmp_path / "runs").glob("*-score-retrieval/record.json")).read_text())
+    result = record["results"][0]
+    assert result["value"] == pytest.approx(200 / 3) and result["dev_split"] is False
+    assert [part["correct"] for part in result["parts"]] == [True, True, False]
+    assert record["environment"]["versions"]["torch"] and record["seed"] == 0
+    assert not list((tmp_path / "runs" / "unfinished").iterdir())  # finished work is not found again by surprise
+
+
+def test_existing_predictions_are_scored_without_predicting(capsys, scenes, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    np.save(folder / "query_embeddings.npy", np.eye(3)[[0, 1, 2]])
+    np.save(folder / "database_embeddings.npy", np.eye(3))
+    status, out, _ = run(capsys, "score", "retrieval", "--data", scenes, "--predictions", folder, "--json")
+    assert status == 0 and json.loads(out)["results"][0]["value"] == 100 and not CALLS
+    assert sorted(p.name for p in folder.iterdir()) == ["database_embeddings.npy", "query_embeddings.npy"]
+    np.save(folder / "query_embeddings.npy", np.eye(3)[:2])
+    status, out, err = run(capsys, "score", "retrieval", "--data", scenes, "--predictions", folder)
+    assert (status, out) == (2, "") and "query_embeddings.npy: expected 3 rows, found 2" in err
+    np.save(folder / "query_embeddings.npy", np.array([print]), allow_pickle=True)
+    status, _, err = run(capsys, "score", "retrieval", "--data", scenes, "--predictions", folder)
+    assert status == 2 and "query_embeddings.npy: expected a NumPy array of numbers, found" in err
+    status, _, err = run(capsys, "score", "retrieval", "--data", scenes, "--predictions", tmp_path / "none")
+    assert status == 2 and "query_embeddings.npy: expected an array of embeddings, found no such file" in err
+
+
+def test_anomaly_writes_the_organizers_files(capsys, parts, tmp_path):
+    status, out, err = run(capsys, "score", "anomaly", "--data", parts)
+    assert (status, err) == (0, "") and "bolt" in out and "10 images" in out
+    folder = next((tmp_path / "runs").glob("*-score-anomaly"))
+    results = json.loads((folder / "output" / "results.json").read_text())
+    assert [row["Category"] for row in results["metadata"]] == ["bolt", "nut", "mean"]
+    assert results["result"] == results["metadata"][-1]["leaderboard_score"]
+    header = (folder / "output" / "results.csv").read_text().splitlines()[0]
+    assert header == ("Category,pixel_auroc,pixel_f1,pixel_ap,pixel_aupro,image_auroc,image_f1,image_ap,"
+                      "leaderboard_score")
+    record = json.loads((folder / "record.json").read_text())["results"][0]
+    assert record["value"] == results["result"] and record["parts"][0]["image_auroc"] == 100
+    status, out, _ = run(capsys, "score", "anomaly", "--data", parts, "--predictions",
+                         folder / "predictions" / "anomaly", "--json")
+    assert json.loads(out)["results"][0]["value"] == record["value"]
+
+
+def test_category_without_masks_is_scored_on_images_alone(capsys, parts):
+    shutil.rmtree(parts / "nut" / "ground_truth")
+    status, out, _ = run(capsys, "score", "anomaly", "--data", parts, "--json")
+    result = json.loads(out)["results"][0]
+    assert status == 0 and result["value"] == result["parts"][0]["leaderboard_score"]
+    assert result["parts"][1]["images_only"] and result["parts"][1]["leaderboard_score"] == 100
+    assert result["notes"] == ["no masks, so scored on image metrics alone: nut (left out of the mean)"]
+
+
+def test_a_broken_image_is_named_and_the_others_are_scored(capsys, parts):
+    (parts / "nut" / "test" / "good" / "1.png").write_bytes(b"no image")
+    status, out, err = run(capsys, "score", "anomaly", "--data", parts)
+    assert status == 1 and "9 images" in out
+    assert "left out:" in err and "1.png: expected a readable image" in err and len(err.splitlines()) == 1
+
+
+def test_a_category_of_one_image_does_not_stop_the_others(capsys, parts, monkeypatch):
+    monkeypatch.undo()  # the real predictor refuses it
+    monkeypatch.chdir(parts.parent)
+    for name in ("good/1.png", "good/2.png", "cut/0.png", "cut/1.png"):
+        (parts / "nut" / "test" / name).unlink()
+    shutil.rmtree(parts / "nut" / "test" / "cut")
+    shutil.rmtree(parts / "nut" / "ground_truth")
+    status, out, err = run(capsys, "score", "anomaly", "--data", parts)
+    assert status == 1 and "5 images" in out and ">= 2 images, found 1" in err
+
+
+def test_empty_folder_and_missing_scores(capsys, parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for task in ("retrieval", "anomaly", "backdoor"):
+        status, out, err = run(capsys, "score", task, "--data", tmp_path / "empty")
+        assert (status, out) == (2, "") and err.startswith("error: ") and len(err.splitlines()) == 1
+    status, _, err = run(capsys, "score", "anomaly", "--data", parts, "--predictions", tmp_path / "empty")
+    assert status == 2 and "expected scores of at least one category" in err
+    trees = read_tree(parts).categories
+    write_scores(tmp_path / "empty", "bolt", trees[0].images, np.linspace(0, 1, 5), np.zeros((5, 1, 224, 224)))
+    status, out, err = run(capsys, "score", "anomaly", "--data", parts, "--predictions", tmp_path / "empty")
+    assert status == 1 and "nut" in err and "undefined, counted as 0 as in the contest: pixel_aupro" in out
+
+
+def test_interrupted_work_is_found_again(capsys, parts, monkeypatch, tmp_path):
+    quick = anomaly.predict.predict_category
+
+    def interrupted(paths):
+        if "nut" in str(paths[0]):
+            raise KeyboardInterrupt
+        return quick(paths)
+
+    monkeypatch.setattr(anomaly.predict, "predict_category", interrupted)
+    status, out, err = run(capsys, "score", "anomaly", "--data", parts)
+    assert (status, out) == (130, "") and "what is finished is kept" in err
+    assert not list((tmp_path / "runs").glob("*-score-anomaly"))
+    monkeypatch.setattr(anomaly.predict, "predict_category", quick)
+    CALLS.clear()
+    status, out, _ = run(capsys, "score", "anomaly", "--data", parts)
+    assert status == 0 and CALLS == ["nut"] and "10 images" in out
+    CALLS.clear()
+    run(capsys, "score", "anomaly", "--data", parts)
+    assert CALLS == ["bolt", "nut"]  # a finished run is never taken for the next one's predictions
+
+
+def test_changed_input_is_predicted_anew(capsys, parts, monkeypatch):
+    quick = anomaly.predict.predict_category
+    monkeypatch.setattr(anomaly.predict, "predict_category",
+                        lambda paths: quick(paths) if "bolt" in str(paths[0]) else run_out_of_disk())
+    status, _, err = run(capsys, "score", "anomaly", "--data", parts)
+    assert status == 2 and "No space left on device" in err and len(err.splitlines()) == 1
+    monkeypatch.setattr(anomaly.predict, "predict_category", quick)
+    picture(parts / "bolt" / "test" / "good" / "0.png", 99, size=(40, 40))
+    CALLS.clear()
+    run(capsys, "score", "anomaly", "--data", parts)
+    assert CALLS == ["bolt", "nut"]
+
+
+def run_out_of_disk():
+    raise OSError(28, "No space left on device", "somewhere.json")
+
+
+def test_a_full_disk_leaves_no_half_files(capsys, parts, monkeypatch, tmp_path):
+    real, count = os.replace, []
+
+    def full(source, target):
+        count.append(target)
+        if len(count) > 3:
+            raise OSError(28, "No space left on device", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    status, out, err = run(capsys, "score", "anomaly", "--data", parts)
+    assert (status, out) == (2, "") and "found No space left on device" in err
+    left = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
+    assert len(left) == 3 and all(json.loads(p.read_text()) for p in left)
+
+
+def test_a_place_that_cannot_be_written(capsys, scenes, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    status, out, err = run(capsys, "score", "retrieval", "--data", scenes, "--runs", tmp_path / "file")
+    assert (status, out) == (2, "") and "file: expected to read and write here, found File exists" in err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    status, _, err = run(capsys, "score", "retrieval", "--data", scenes, "--runs", tmp_path / "ro")
+    assert status == 2 and "ro: expected a folder to write to, found a read-only one" in err and not CALLS
+
+
+def test_verdicts_on_models(capsys, tmp_path):
+    status, out, _ = run(capsys, "score", "backdoor")
+    assert status == 0 and "50.00" in out and "(dev)" in out and "1: 2.0, 0: 1.0" in out
+    folder = tmp_path / "mine"
+    names = sorted(p.name for p in DIGITS_ZOO.iterdir() if p.is_dir())
+    for name in names[1:]:
+        write_json(folder / f"{name}.json", {"backdoored": 1})
+    status, out, err = run(capsys, "score", "backdoor", "--predictions", folder)
+    assert status == 1 and f"{names[0]}.json: expected a verdict on the model, found no such file" in err
+    write_json(folder / f"{names[0]}.json", {"backdoored": 2})
+    (folder / f"{names[1]}.json").write_text("{")
+    _, _, err = run(capsys, "score", "backdoor", "--predictions", folder)
+    assert "'backdoored': expected 1 (backdoored) or 0 (clean), found 2" in err
+    assert f"{names[1]}.json: expected JSON, found" in err
+
+
+def test_all_takes_a_folder_per_task(capsys, parts, scenes, tmp_path):
+    every = tmp_path / "every"
+    shutil.copytree(parts, every / "anomaly")
+    shutil.copytree(scenes, every / "retrieval")
+    shutil.copytree(DIGITS_ZOO, every / "backdoor")
+    status, out, err = run(capsys, "score", "all", "--data", every)
+    assert (status, err) == (0, "")
+    assert all(f"{task} " in out for task in ("retrieval", "anomaly", "backdoor"))
+    run_folder = next((tmp_path / "runs").glob("*-score-all"))
+    assert sorted(p.name for p in (run_folder / "predictions").iterdir()) == ["anomaly", "backdoor", "retrieval"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["score"], "Missing argument"), (["score", "foo"], "'foo' is not one of"), (["score", "all", "--bar"], "--bar"),
+    (["foo"], "No such command"), (["score", "backdoor", "--seed", "-1"], "--seed"),
+    (["score", "backdoor", "--device", "foo"], "--device ($KIT_DEVICE): expected auto, cpu, cuda or cuda:N, found foo"),
+    (["score", "backdoor", "--device", "cuda:9999"], "--device ($KIT_DEVICE)"),
+])
+def test_wrong_usage_ends_in_one_line(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "") and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["score"], ["zoo", "build"], ["zoo", "inspect"], ["weights", "train"]])
+def test_help_has_an_example(capsys, command):
+    status, out, _ = run(capsys, *command, "--help")
+    assert status == 0 and f"Example: python -m submit {' '.join(command)}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("command", [[], ["zoo"], ["weights"]])
+def test_no_input_shows_the_help(capsys, command):
+    status, out, err = run(capsys, *command)
+    assert (status, err) == (2, "") and "Usage: " in out
+    assert run(capsys, *command, "--help")[0] == 0
