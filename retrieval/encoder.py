@@ -1,0 +1,128 @@
+"""Images and prompts to one space: a CLIP model with the preprocessing and vocabulary it was trained with.
+
+The embedded small model and the full one (ViTamin-L-384) are built by the same open_clip classes and loaded by
+the same function; a folder holds either. Embeddings are raw, as the arithmetic of `retrieval.compose` wants them.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import retrieval.small_trunk  # noqa: F401  (makes the small trunk known to timm)
+from data.errors import expect
+from retrieval.vocabulary import Vocabulary
+
+EMBEDDED = Path(__file__).parent / "weights" / "encoder"
+CONFIGS = ("config.json", "open_clip_config.json")        # ours; the name open_clip gives it on the hub
+WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+IMAGE_BLOCK, TEXT_BLOCK = 64, 256  # ViTamin-L-384 at 64 images in float32 stays under 24 GB
+
+
+class Encoder:
+    """A CLIP model in eval mode, its preprocessing and vocabulary; everything runs on the model's device."""
+
+    def __init__(self, model: nn.Module, preprocess: PreprocessCfg, vocabulary: Vocabulary, width: int) -> None:
+        self.width = width  # D
+        self.model = model.eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.vocabulary = vocabulary
+        self._to_input = image_transform_v2(preprocess, is_train=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode_images(self, images: Iterable[Image.Image] | Tensor) -> Tensor:
+        """Raw image embeddings (N, D) float32.
+
+        images: RGB images of any size (a generator is read block by block), or (N, 3, S, S) uint8 of the
+        model's own size S.
+        """
+        blocks = images.split(IMAGE_BLOCK) if isinstance(images, Tensor) else _blocks(images, IMAGE_BLOCK)
+        found = [self.model.encode_image(self._inputs(block).to(self.device)).float() for block in blocks]
+        return torch.cat(found) if found else self._nothing()
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Raw text embeddings (N, D) float32 of prompts in English."""
+        found = [self.model.encode_text(self.vocabulary.encode(block).to(self.device)).float()
+                 for block in _blocks(texts, TEXT_BLOCK)]
+        return torch.cat(found) if found else self._nothing()
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(0, self.width, device=self.device)
+
+    def _inputs(self, images: list[Image.Image] | Tensor) -> Tensor:
+        """(B, 3, S, S) float32, normalised."""
+        if not isinstance(images, Tensor):
+            with ThreadPoolExecutor() as pool:  # resizing releases the interpreter lock
+                return torch.stack(list(pool.map(self._to_input, images)))
+        size = self.preprocess.size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        expect(images.dtype == torch.uint8 and tuple(images.shape[1:]) == (3, *size), "images",
+               f"(N, 3, {size[0]}, {size[1]}) torch.uint8", f"{tuple(images.shape)} {images.dtype}")
+        return normalised(images, self.preprocess)
+
+
+def normalised(images: Tensor, preprocess: PreprocessCfg) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 with the model's mean and deviation taken out."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    return (images.float() / 255 - mean) / std
+
+
+def _blocks(items: Iterable, size: int) -> Iterable[list]:
+    stream = iter(items)
+    while block := list(islice(stream, size)):
+        yield block
+
+
+def build_model(model_cfg: dict) -> nn.Module:
+    """The open_clip model of a configuration in open_clip's own form; weights random from the global generator."""
+    settings = {k: v for k, v in model_cfg.items() if k != "custom_text"}
+    kind = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
+    return kind(**settings)
+
+
+def load_encoder(folder: Path | None = None, *, device: torch.device | str) -> Encoder:
+    """The encoder of a folder: configuration, weights, and the vocabulary if it is cut. None: the embedded one."""
+    folder = EMBEDDED if folder is None else Path(folder)
+    config_file, weights_file = _one_of(folder, CONFIGS), _one_of(folder, WEIGHTS)
+    config = json.loads(config_file.read_text())
+    with torch.random.fork_rng(devices=[]):  # the random start is replaced at once
+        model = build_model(config["model_cfg"])
+    load_strictly(model, load_file(weights_file), weights_file)
+    kept_file = folder / "vocabulary.json"
+    kept = json.loads(kept_file.read_text()) if kept_file.exists() else None
+    vocabulary = Vocabulary(kept, context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))
+    return Encoder(model.to(device), PreprocessCfg(**config["preprocess_cfg"]), vocabulary,
+                   config["model_cfg"]["embed_dim"])
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], where: object) -> None:
+    """Give the model its weights; the first name or shape that does not fit is named. Half precision is widened."""
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | state.keys()):
+        expect(name in state, where, f"a weight {name}", "none of that name")
+        expect(name in wanted, where, "only weights of the model", name)
+        expect(state[name].shape == wanted[name].shape, f"{where} {name}",
+               tuple(wanted[name].shape), tuple(state[name].shape))
+    model.load_state_dict(state, strict=True)
+
+
+def _one_of(folder: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    expect(False, folder, f"a file {' or '.join(names)}", "neither")
+    raise AssertionError

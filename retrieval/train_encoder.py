@@ -1,0 +1,236 @@
+"""Training the embedded dual encoder from scratch on generated scenes.
+
+Composition loss: image embedding - its objects' texts + a sibling's texts must find the sibling among all images
+of the batch, the query image included; InfoNCE both ways with a learned temperature. Siblings share ground,
+places and kept objects, so only the named difference tells them apart. A weaker caption loss (image <-> sum of
+its objects' texts) keeps the text of a single object meaningful. The last step is kept: no checkpoint is chosen.
+"""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from data.errors import expect
+from data.files import fingerprint, new_folder, write_atomic, write_json
+from data.pictograms import NAMES
+from data.scenes import (
+    DEVELOPMENT,
+    SIDE,
+    TRAINING,
+    VALIDATION,
+    Triplet,
+    draw_scene,
+    make_family,
+    retrieval_triplets,
+)
+from retrieval.compose import PROMPT, compose, nearest
+from retrieval.encoder import Encoder, build_model, normalised
+from retrieval.small_trunk import NAME
+from retrieval.vocabulary import Vocabulary, pieces_used
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = 1400             # about 30 minutes on one CPU thread
+    families: int = 40            # a step
+    family: tuple[int, int] = (4, 2)  # scenes of a family: contents of its two varied cells
+    rate: float = 2e-3            # AdamW, 50 steps of warm-up, then cosine to zero
+    weight_decay: float = 0.02
+    caption_weight: float = 0.2   # of the caption loss; 0.1 to 0.3 serve alike
+    checkpoint_every: int = 100   # steps
+    width: int = 192              # D
+    text_width: int = 96
+    text_layers: int = 2
+    context_length: int = 24      # tokens; the longest prompt of a six-word name fits
+
+    def __post_init__(self) -> None:
+        expect(self.steps >= 1, "TrainingConfig.steps", ">= 1", self.steps)
+        expect(self.families >= 1, "TrainingConfig.families", ">= 1", self.families)
+        expect(math.prod(self.family) >= 2, "TrainingConfig.family", "at least two scenes", self.family)
+
+
+PREPROCESS = PreprocessCfg(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+                           resize_mode="longest", fill_color=127)
+
+
+def new_encoder(cfg: TrainingConfig, *, seed: int) -> tuple[Encoder, dict]:
+    """An untrained encoder and its open_clip configuration."""
+    vocabulary = Vocabulary(pieces_used(PROMPT.format(name) for name in NAMES), context_length=cfg.context_length)
+    model_cfg = {
+        "embed_dim": cfg.width,
+        "vision_cfg": {"timm_model_name": NAME, "timm_pool": "avg", "timm_proj": "linear", "image_size": SIDE},
+        "text_cfg": {"context_length": cfg.context_length, "vocab_size": len(vocabulary), "width": cfg.text_width,
+                     "heads": cfg.text_width // 32, "layers": cfg.text_layers},
+        "custom_text": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(model_cfg)
+    return Encoder(model, PREPROCESS, vocabulary, cfg.width), model_cfg
+
+
+def draw_batch(cfg: TrainingConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Images (F, S, 3, H, W) uint8 of F families of S scenes, and which names they hold: (F, S, names) float32."""
+    families = [[s for row in make_family(TRAINING, cfg.family, rng=rng) for s in row] for _ in range(cfg.families)]
+    images = torch.from_numpy(np.stack([[draw_scene(s) for s in family] for family in families]))
+    holds = torch.tensor([[[name in s.names for name in NAMES] for s in family] for family in families])
+    return images.permute(0, 1, 4, 2, 3), holds.float()
+
+
+def composition_loss(images: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
+    """Mean InfoNCE, both ways, over every ordered pair of siblings.
+
+    images (F, S, D) raw embeddings; captions (F, S, D) sums of the raw text embeddings of a scene's objects, so that
+    the caption of the target minus that of the query is added minus removed texts. scale: 1 / temperature.
+    """
+    gallery, without = images.flatten(0, 1), images - captions  # (F S, D), (F, S, D)
+    losses = [both_ways((without.roll(shift, 1) + captions).flatten(0, 1), gallery, scale)
+              for shift in range(1, images.shape[1])]
+    return torch.stack(losses).mean()
+
+
+def both_ways(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE of matching rows (N, D), mean of both directions; cosines times `scale`."""
+    logits = scale * normalize(one, dim=-1) @ normalize(other, dim=-1).T
+    own = torch.arange(len(logits), device=logits.device)
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
+def train(folder: Path, *, seed: int = 0, cfg: TrainingConfig | None = None,
+          progress: Callable[[str], None] | None = None, checks: int = 300, dev_queries: int = 1000) -> dict:
+    """Train and write the folder `load_encoder` reads; returns the card, which is written beside the weights.
+
+    An interrupted run goes on from its last checkpoint (`<folder>.partial`, for the same seed, config and generator).
+    checks: validation queries at each checkpoint, reported only. dev_queries: size of the measured development split.
+    """
+    cfg = cfg or TrainingConfig()
+    folder, say = Path(folder), progress or (lambda line: None)
+    expect(not folder.exists(), folder, "a path where nothing lies yet", "an existing file or folder")
+    encoder, model_cfg = new_encoder(cfg, seed=seed)
+    partial = folder.with_name(f".{folder.name}.partial")
+    seconds = _optimise(encoder, cfg, seed, partial, say, checks)
+    for weight in encoder.model.state_dict().values():  # measure what is stored
+        if weight.is_floating_point():
+            weight.copy_(weight.half())
+    figures = measure(encoder, retrieval_triplets(DEVELOPMENT, seed=0, queries=dev_queries))
+    card = {"command": "python -m submit weights train encoder", "seed": seed, "steps": cfg.steps,
+            "seconds": round(seconds), "figures": {f"development, seed 0, {dev_queries} queries, true parse": figures},
+            "config": asdict(cfg), "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
+            "data": "scenes generated during training (data.scenes, part TRAINING); no file, no real image"}
+    save_encoder(folder, encoder, model_cfg, card)
+    partial.unlink(missing_ok=True)
+    return card
+
+
+def _optimise(encoder: Encoder, cfg: TrainingConfig, seed: int, partial: Path,
+              say: Callable[[str], None], checks: int) -> float:
+    """All steps; leaves the model in eval mode. Returns the seconds of all runs together."""
+    model = encoder.model.requires_grad_(True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=cfg.rate, weight_decay=cfg.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, cfg.steps))
+    prompts = encoder.vocabulary.encode([PROMPT.format(name) for name in NAMES])
+    first_images = draw_batch(cfg, np.random.default_rng([TRAINING.index, seed, 0]))[0]
+    key = fingerprint(asdict(cfg), seed, first_images.numpy().tobytes())  # other drawings, other run
+    state = {"model": model, "optimiser": optimiser, "schedule": schedule}
+    first, before = _resume(partial, key, state)
+    started = time.monotonic()
+    for step in range(first, cfg.steps):
+        model.train()
+        rng = np.random.default_rng([TRAINING.index, seed, step])  # a resumed run draws what it would have drawn
+        loss = _step(encoder, optimiser, *draw_batch(cfg, rng), prompts, cfg)
+        schedule.step()
+        if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.steps:
+            model.eval()
+            seconds = before + time.monotonic() - started
+            _checkpoint(partial, {"key": key, "step": step + 1, "seconds": seconds}, state)
+            found = measure(encoder, retrieval_triplets(VALIDATION, seed=seed, queries=checks)) if checks else {}
+            say(f"step {step + 1}/{cfg.steps} loss {loss:.3f} {seconds:.0f} s validation {found}")
+    model.eval().requires_grad_(False)
+    return before + time.monotonic() - started
+
+
+def _step(encoder: Encoder, optimiser: torch.optim.Optimizer, images: Tensor, holds: Tensor, prompts: Tensor,
+          cfg: TrainingConfig) -> float:
+    model = encoder.model
+    pixels = normalised(images.flatten(0, 1), encoder.preprocess).contiguous(memory_format=torch.channels_last)
+    found = model.encode_image(pixels).unflatten(0, images.shape[:2])   # (F, S, D)
+    captions = holds @ model.encode_text(prompts)                       # (F, S, names) @ (names, D)
+    scale = model.logit_scale.exp().clamp(max=100.0)                    # temperature at least 0.01
+    loss = composition_loss(found, captions, scale)
+    loss = loss + cfg.caption_weight * both_ways(found.flatten(0, 1), captions.flatten(0, 1), scale)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    return loss.item()
+
+
+def _rate(step: int, steps: int, warm_up: int = 50) -> float:
+    """Share of the full rate: linear warm-up, then half a cosine to zero."""
+    warm_up = min(warm_up, max(1, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _checkpoint(path: Path, record: dict, state: dict) -> None:
+    scratch = path.with_name(path.name + ".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(record | {name: part.state_dict() for name, part in state.items()}, scratch)
+    scratch.replace(path)
+
+
+def _resume(path: Path, key: str, state: dict) -> tuple[int, float]:
+    """Steps and seconds already done; fills `state` if a checkpoint of this very run exists."""
+    if not path.exists():
+        return 0, 0.0
+    record = torch.load(path, weights_only=True)
+    if record["key"] != key:
+        return 0, 0.0
+    for name, part in state.items():
+        part.load_state_dict(record[name])
+    return record["step"], record["seconds"]
+
+
+def measure(encoder: Encoder, triplets: Sequence[Triplet],
+            asked: Sequence[tuple[Sequence[str], Sequence[str]]] | None = None) -> dict[str, float]:
+    """Top-1 in percent over the unique targets: composed, query image alone, text alone; how often the query wins.
+
+    asked: (added, removed) names as a parser read them, one a triplet; None takes the true ones.
+    """
+    asked = asked or [(t.add, t.remove) for t in triplets]
+    scenes = {scene: i for i, scene in enumerate(dict.fromkeys(
+        [t.target for t in triplets] + [t.query for t in triplets]))}
+    embedded = encoder.encode_images(torch.from_numpy(np.stack([draw_scene(s) for s in scenes])).permute(0, 3, 1, 2))
+    gallery = embedded[:len({t.target for t in triplets})]
+    truth = torch.tensor([scenes[t.target] for t in triplets])
+    query = torch.tensor([scenes[t.query] for t in triplets])
+    added, removed = zip(*asked, strict=True)
+    rows = {"composed": compose(embedded[query], added, removed, encoder.encode_texts),
+            "query image alone": embedded[query],
+            "text alone": compose(torch.zeros_like(embedded[query]), added, removed, encoder.encode_texts)}
+    found = {name: nearest(v, gallery) for name, v in rows.items()}
+    percent = {name: 100 * (index == truth).double().mean().item() for name, index in found.items()}
+    percent["query image wins"] = 100 * (found["composed"] == query).double().mean().item()
+    return {name: round(value, 2) for name, value in percent.items()}
+
+
+def save_encoder(folder: Path, encoder: Encoder, model_cfg: dict, card: dict) -> None:
+    """Write the folder `load_encoder` reads; weights in half precision."""
+    weights = {name: (w.half() if w.is_floating_point() else w).contiguous()
+               for name, w in encoder.model.state_dict().items()}
+    with new_folder(folder) as scratch:
+        write_json(scratch / "config.json", {"model_cfg": model_cfg, "preprocess_cfg": asdict(encoder.preprocess)})
+        write_json(scratch / "vocabulary.json", encoder.vocabulary.kept)
+        write_json(scratch / "card.json", card)
+        write_atomic(scratch / "model.safetensors", save(weights))
