@@ -1,8 +1,8 @@
 """Patch features of a vision transformer: one (N, L, D) tensor a layer, with the grid and the class features.
 
 Any timm vision transformer will do. Preprocessing travels with the weights in `config.json`.
-Layers are 0-based block indices. DINOv2-type nets put their last norm on every chosen layer, CLIP-type nets give the raw
-residual stream, as MuSc (Li et al., ICLR 2024, arXiv:2401.16753) reads them.
+Layers are 0-based block indices. DINOv2-type nets put their last norm on every chosen layer, CLIP-type nets give the
+raw residual stream, as MuSc (Li et al., ICLR 2024, arXiv:2401.16753) reads them.
 Departs from it: the grid is carried, so an input need not be square; one forward pass serves patches and class.
 """
 from __future__ import annotations

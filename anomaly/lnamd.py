@@ -1,9 +1,9 @@
 """Patch features that know their neighbourhood.
 
 Paper: LNAMD, the local neighbourhood aggregation of MuSc (Li et al., ICLR 2024, arXiv:2401.16753).
-Departs from it: the published steps (one layer norm over a whole image, r x r neighbourhoods with zero padding, adaptive
-average pooling of C * r * r values to C, unit length) reduce exactly to a box filter of the centred features; the tests
-compare it with the literal form. The grid is given, never guessed, and need not be square.
+Departs from it: the published steps (one layer norm over a whole image, r x r neighbourhoods with zero padding,
+adaptive average pooling of C * r * r values to C, unit length) reduce exactly to a box filter of the centred
+features; the tests compare it with the literal form. The grid is given, never guessed, and need not be square.
 """
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def set_scores(features: Features) -> Tensor:
 
 def _plain_scores(patches: Tensor) -> Tensor:
     """Mean distance to the nearest patch of the closest third (two at least) of the other images: (N, L)."""
-    count, length, _ = patches.shape
+    count = len(patches)
     with torch.no_grad():  # which patch is nearest; the gradient needs the chosen pairs only
         nearest = torch.stack([torch.stack([(one @ other.T).argmax(-1) for other in patches]) for one in patches])
     images = torch.arange(count)[None, :, None]
