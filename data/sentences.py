@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +26,8 @@ _LENGTHS = {1: 20, 2: 22, 3: 31, 4: 27}  # words in a name -> weight; the last s
 _LEAD, _TAIL = 0.2, 0.15  # share of sentences with words before and after the request
 _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't you|why|what|how|should|shall|might|"
                        r"may|where|who|won't|couldn't|shouldn't|wouldn't|any|which|must)\b(?!.*[.?!] )", re.IGNORECASE)
-_CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, " along with ": 2,
-               " and also ": 2, "; ": 1, " together with ": 1, " / ": 1}  # between the last two of a list -> weight
+_CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, "; ": 1,
+               " along with ": 2, " and also ": 2, " together with ": 1, " / ": 1}  # between the last two of a list -> weight
 _DETERMINED = re.compile(r"\b(?:the|a|an|my|that|this|no|more) $")
 _VOWEL = re.compile(r"[aeiou]|8|11|18", re.IGNORECASE)
 
@@ -212,7 +213,7 @@ def _shared(names: tuple[str, ...], slots: int, rng: random.Random) -> list[tupl
 
 def _cased(name: str, rng: random.Random) -> str:
     """Most names stay as they are; a few are written Like This, Like this or LIKE THIS."""
-    change = rng.choices((str, str.title, str.capitalize, str.upper), (88, 5, 5, 2))[0]
+    change = rng.choices((str, string.capwords, str.capitalize, str.upper), (88, 5, 5, 2))[0]
     return change(name) if len(change(name)) == len(name) else name
 
 

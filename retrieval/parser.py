@@ -1,0 +1,244 @@
+"""Which objects a request adds and which it removes: a token classifier over words, decoded by the best legal path.
+
+Architecture: DistilBERT (Sanh et al., arXiv:1910.01108) with a token-classification head, labels O and B-/I- a side.
+Departs from common practice: every word of a name is labelled, a word's score is the mean over its sub-words, and
+illegal label sequences are excluded by a Viterbi search. Names are cut out of the original text, so hyphens,
+apostrophes and spelling stay as written.
+"""
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import DistilBertConfig, DistilBertForTokenClassification
+
+from data.errors import expect
+
+LABELS = ("O", "B-add", "I-add", "B-remove", "I-remove")
+OUTSIDE = 0
+_EMBEDDED = Path(__file__).parent / "weights" / "parser"
+_BATCH = 256  # texts a forward pass; at 30 tokens well under 100 MB for the embedded size
+_WORD = re.compile(r"[^\W_]+|[^\w\s]|_")  # letters and digits, or one mark
+# One character for one, so that offsets hold: apostrophes, quotes, dashes and the ellipsis as a keyboard has them.
+_PLAIN = str.maketrans("‘’‚‛ʼ`´′“”„‟«»″‐‑‒–—―−…", "''''''''\"\"\"\"\"\"\"-------.")
+_DETERMINERS = frozenset(("a", "an", "the", "my", "your", "our", "his", "her", "their", "its"))
+
+
+@dataclass(frozen=True)
+class Modification:
+    """What a request asks for: object names as written in the text, in reading order, each once a side.
+
+    Lower-casing and other matching is up to the caller.
+    """
+
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word or mark of a text: text[start:end], and how the model reads it."""
+
+    start: int
+    end: int
+    plain: str  # lower case, keyboard apostrophes and dashes
+
+
+def parse(texts: list[str]) -> list[Modification]:
+    """The objects each text adds and removes, by the weights in `retrieval/weights/parser`, on the CPU."""
+    return _embedded().parse(texts)
+
+
+@lru_cache(maxsize=1)
+def _embedded() -> Parser:
+    return load_parser(_EMBEDDED, torch.device("cpu"))
+
+
+def load_parser(folder: Path, device: torch.device) -> Parser:
+    """Read `config.json`, `tokenizer.json` and `model.safetensors`; labels must be those of this module."""
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        expect((folder / name).is_file(), folder / name, "a file of a trained parser", "nothing")
+    config = DistilBertConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    labels = tuple(config.id2label[i] for i in range(config.num_labels))
+    expect(labels == LABELS, f"{folder / 'config.json'} id2label", LABELS, labels)
+    model = new_model(config, seed=0)
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
+    return Parser(model.to(device), Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+def new_model(config: DistilBertConfig, *, seed: int) -> DistilBertForTokenClassification:
+    """A freshly initialised model in evaluation mode; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DistilBertForTokenClassification(config).eval()
+
+
+class Parser:
+    """A token classifier with its tokenizer. Works on the device of the model."""
+
+    def __init__(self, model: DistilBertForTokenClassification, tokenizer: Tokenizer) -> None:
+        """tokenizer: with [CLS] and [SEP] in its template and a [PAD] token."""
+        self.model = model
+        self.tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+    @torch.inference_mode()
+    def parse(self, texts: list[str], *, batch: int = _BATCH) -> list[Modification]:
+        """The objects each text adds and removes, in the order of the texts; the same in one batch or many."""
+        words = [split_words(text) for text in texts]
+        encoded = self.encode(words)
+        order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: len(encoded[i].ids))
+        found = [Modification()] * len(texts)
+        for start in range(0, len(order), batch):
+            rows = order[start:start + batch]
+            paths = best_paths(*self.scores([encoded[i] for i in rows]))
+            for i, path in zip(rows, paths.tolist(), strict=True):
+                found[i] = modification(texts[i], words[i], path)
+        return found
+
+    def encode(self, words: list[list[Word]]) -> list[Encoded]:
+        """Sub-words of each text; one that is longer than the model's positions is cut after a whole word."""
+        batch = self.tokenizer.encode_batch([[word.plain for word in row] for row in words], is_pretokenized=True)
+        encoded = []
+        for row, item in enumerate(batch):
+            encoded.append(Encoded(item.ids, [-1 if word is None else word for word in item.word_ids])
+                           .cut(self.model.config.max_position_embeddings, row))
+        return encoded
+
+    def scores(self, encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the labels of each word (B, W, 5), and which words there are (B, W)."""
+        ids, attention, index = padded(encoded, self.tokenizer.token_to_id("[PAD]"), self.model.device)
+        logits = self.model(input_ids=ids, attention_mask=attention).logits
+        return word_scores(logits, index)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Sub-word ids of one text and the word each belongs to; -1 for [CLS] and [SEP]."""
+
+    ids: list[int]
+    words: list[int]
+
+    def __bool__(self) -> bool:
+        return max(self.words, default=-1) >= 0
+
+    def cut(self, longest: int, row: int) -> Encoded:
+        """At most `longest` sub-words, [SEP] kept, no word cut in two; warns if something is lost."""
+        if len(self.ids) <= longest:
+            return self
+        warnings.warn(f"text in row {row}: {len(self.ids)} sub-words, only the first {longest} are read", UserWarning,
+                      stacklevel=4)
+        end = longest - 1
+        while end > 1 and self.words[end] == self.words[end - 1]:
+            end -= 1
+        return Encoded([*self.ids[:end], self.ids[-1]], [*self.words[:end], -1])
+
+
+def split_words(text: str) -> list[Word]:
+    """Words and marks of a text with their places in it. Every character keeps its place."""
+    plain = "".join(low if len(low := char.lower()) == 1 else char for char in text.translate(_PLAIN))
+    return [Word(found.start(), found.end(), found[0]) for found in _WORD.finditer(plain)]
+
+
+def padded(encoded: list[Encoded], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and word of each sub-word, each (B, T); the word is -1 where there is none."""
+    longest = max(len(item.ids) for item in encoded)
+    ids = torch.tensor([item.ids + [pad] * (longest - len(item.ids)) for item in encoded])
+    index = torch.tensor([item.words + [-1] * (longest - len(item.words)) for item in encoded])
+    attention = torch.tensor([[1] * len(item.ids) + [0] * (longest - len(item.ids)) for item in encoded])
+    return ids.to(device), attention.to(device), index.to(device)
+
+
+def word_scores(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean logits over the sub-words of each word, as log-probabilities.
+
+    logits: (B, T, K); index: (B, T), the word of each sub-word or -1. Returns (B, W, K) and (B, W) bool.
+    """
+    words = int(index.max()) + 1
+    slot = torch.where(index < 0, words, index)  # what belongs to no word goes to a slot that is dropped
+    total = logits.new_zeros(len(logits), words + 1, logits.shape[-1])
+    total.scatter_add_(1, slot[..., None].expand_as(logits), logits)
+    count = logits.new_zeros(len(logits), words + 1).scatter_add_(1, slot, torch.ones_like(logits[..., 0]))
+    mean = total / count.clamp(min=1)[..., None]
+    return mean[:, :words].log_softmax(-1), count[:, :words] > 0
+
+
+def legal_steps(device: torch.device | None = None) -> Tensor:
+    """(6, 5) bool: may label j follow label i? Row 5 is the start. I-x follows only B-x and I-x."""
+    legal = torch.ones(6, 5, dtype=torch.bool, device=device)
+    for side in ("add", "remove"):
+        inside = LABELS.index(f"I-{side}")
+        legal[:, inside] = False
+        legal[[LABELS.index(f"B-{side}"), inside], inside] = True
+    return legal
+
+
+def best_paths(scores: Tensor, mask: Tensor) -> Tensor:
+    """The label sequence of highest total score among the legal ones (Viterbi), for all texts at once.
+
+    scores: (B, W, 5) log-probabilities; mask: (B, W) bool, True for words. Returns (B, W) labels, O past the end.
+    """
+    only_outside = scores.new_full((len(LABELS),), -torch.inf)
+    only_outside[OUTSIDE] = 0
+    scores = torch.where(mask[..., None], scores, only_outside)
+    step = scores.new_zeros(6, 5).masked_fill(~legal_steps(scores.device), -torch.inf)
+    total = scores[:, 0] + step[5]
+    came_from = []
+    for t in range(1, scores.shape[1]):
+        best, origin = (total[:, :, None] + step[:5]).max(dim=1)  # (B, from, to) -> (B, to)
+        total = best + scores[:, t]
+        came_from.append(origin)
+    path = [total.argmax(dim=1)]
+    for origin in reversed(came_from):
+        path.append(origin.gather(1, path[-1][:, None])[:, 0])
+    return torch.stack(path[::-1], dim=1)
+
+
+def modification(text: str, words: list[Word], path: list[int]) -> Modification:
+    """Cut the labelled names out of the text. path: a label for each word (more are ignored)."""
+    found: dict[str, dict[str, str]] = {"add": {}, "remove": {}}
+    for side, first, last in _spans(path[:len(words)]):
+        inner = trimmed(words[first:last + 1])
+        if inner:
+            name = text[inner[0].start:inner[-1].end]
+            found[side].setdefault(" ".join(word.plain for word in inner), name)
+    return Modification(tuple(found["add"].values()), tuple(found["remove"].values()))
+
+
+def _spans(path: list[int]) -> list[tuple[str, int, int]]:
+    """(side, first word, last word) of each name on a legal path."""
+    spans: list[tuple[str, int, int]] = []
+    for i, label in enumerate(path):
+        if LABELS[label].startswith("B-"):
+            spans.append((LABELS[label][2:], i, i))
+        elif label != OUTSIDE:
+            spans[-1] = (*spans[-1][:2], i)
+    return spans
+
+
+def trimmed(words: list[Word]) -> list[Word]:
+    """The words of a name without articles and possessives before it and marks around it.
+
+    A bracket stays where its partner is in the name: `lamp (small)`.
+    """
+    first, last = 0, len(words)
+    inner = "".join(word.plain for word in words)
+    while first < last and (words[first].plain in _DETERMINERS or _is_mark(words[first].plain, inner)):
+        first += 1
+    while first < last and _is_mark(words[last - 1].plain, inner):
+        last -= 1
+    return words[first:last]
+
+
+def _is_mark(word: str, name: str) -> bool:
+    partner = {"(": ")", ")": "(", "[": "]", "]": "["}.get(word)
+    return not word.isalnum() and not (partner and partner in name)

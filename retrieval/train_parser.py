@@ -1,0 +1,251 @@
+"""Training of the request parser from scratch on sentences of the phrasebook.
+
+Fresh sentences at every step; in 30 % of them words of names and frames are made up and a tenth of the sub-words is
+masked, so that the model reads the wording around a name and not the name. AdamW with a cosine schedule.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn.functional import nll_loss
+from transformers import DistilBertConfig
+
+from data.errors import expect
+from data.files import new_folder, write_json
+from data.sentences import LabelledSentence, Span, labelled_sentences
+from retrieval.parser import (
+    LABELS,
+    OUTSIDE,
+    Encoded,
+    Modification,
+    Parser,
+    Word,
+    new_model,
+    padded,
+    split_words,
+    word_scores,
+)
+
+COMMAND = "python -m submit weights train parser"
+
+
+@dataclass(frozen=True)
+class ParserTrainingConfig:
+    """Sizes and schedule. The defaults are the embedded weights."""
+
+    steps: int = 3000
+    batch: int = 64  # sentences a step
+    rate: float = 1e-3  # highest learning rate, after the warm-up
+    warm_up: int = 150  # steps
+    weight_decay: float = 0.01
+    invented: float = 0.3  # share of names and frames with made-up words
+    masked: float = 0.1  # share of sub-words hidden from the model
+    vocabulary: int = 6000  # word pieces
+    width: int = 192
+    layers: int = 3
+    heads: int = 6
+    positions: int = 128  # longest text in sub-words
+    dropout: float = 0.1
+    held_out: int = 2000  # sentences for each figure
+
+    def __post_init__(self) -> None:
+        expect(0 < self.warm_up < self.steps, "ParserTrainingConfig.warm_up", "in (0, steps)", self.warm_up)
+        expect(self.width % self.heads == 0, "ParserTrainingConfig.width", "a multiple of heads", self.width)
+        for name in ("invented", "masked", "dropout"):
+            expect(0 <= getattr(self, name) < 1, f"ParserTrainingConfig.{name}", "in [0, 1)", getattr(self, name))
+
+
+def train(folder: Path, *, seed: int = 0, config: ParserTrainingConfig | None = None,
+          device: torch.device | None = None, progress: Callable[[str], None] | None = None) -> dict:
+    """Train and write `config.json`, `tokenizer.json`, `model.safetensors` (float16) and `card.json`.
+
+    What lies in `folder` is replaced once the new files are complete. Returns the card.
+    """
+    config, device = config or ParserTrainingConfig(), device or torch.device("cpu")
+    start = time.perf_counter()
+    parser = fit(config, seed=seed, device=device, progress=progress or (lambda line: None))
+    for tensor in parser.model.state_dict().values():
+        tensor.copy_(tensor.half())  # the figures are those of what is stored
+    card = {
+        "command": COMMAND, "seed": seed, "steps": config.steps, "seconds": round(time.perf_counter() - start),
+        "figures": {split: figures(parser, config.held_out, split, seed=seed) for split in ("val", "test")},
+        "trained_on": "sentences of data/phrases, split train, fresh at every step",
+        "config": asdict(config), "parameters": sum(p.numel() for p in parser.model.parameters()),
+        "threads": torch.get_num_threads(), "device": device.type,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                     "tokenizers": tokenizers.__version__},
+    }
+    _write(folder, parser, card)
+    return card
+
+
+def _write(folder: Path, parser: Parser, card: dict) -> None:
+    """Fill a new folder, then put it in the place of the old one."""
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with new_folder(fresh) as scratch:
+        write_json(scratch / "config.json", _plain_config(parser.model.config))
+        parser.tokenizer.save(str(scratch / "tokenizer.json"))
+        save_file({name: tensor.half().cpu().contiguous() for name, tensor in parser.model.state_dict().items()},
+                  scratch / "model.safetensors")
+        write_json(scratch / "card.json", card)
+    if folder.exists():
+        shutil.rmtree(folder)
+    fresh.replace(folder)
+
+
+def _plain_config(config: DistilBertConfig) -> dict:
+    """What differs from the library's defaults, without its bookkeeping."""
+    return {name: value for name, value in json.loads(config.to_json_string(use_diff=True)).items()
+            if name not in ("transformers_version", "dtype", "model_type")}
+
+
+# --- what the model learns from
+
+def trained_tokenizer(sentences: list[LabelledSentence], vocabulary: int) -> Tokenizer:
+    """A lower-cased WordPiece tokenizer for pre-split words."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    lines = (" ".join(word.plain for word in split_words(sentence.text)) for sentence in sentences)
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, special.index(name)) for name in ("[CLS]", "[SEP]")])
+    return tokenizer
+
+
+def word_labels(words: list[Word], spans: tuple[Span, ...]) -> list[int]:
+    """Label of each word: the first of a name B, every further one I, all others O."""
+    labels = [OUTSIDE] * len(words)
+    for span in spans:
+        inside = [i for i, word in enumerate(words) if span.start <= word.start < span.end]
+        for i in inside:
+            labels[i] = LABELS.index(f"{'B' if i == inside[0] else 'I'}-{span.side}")
+    return labels
+
+
+def _batches(parser: Parser, config: ParserTrainingConfig, generator: torch.Generator
+             ) -> Iterator[tuple[list[Encoded], list[list[int]]]]:
+    """Endless batches of encoded sentences with labels; sentences of like length share one."""
+    pool = 16
+    while True:
+        sentences = labelled_sentences(config.batch * pool, "train", generator=generator, invented=config.invented)
+        words = [split_words(sentence.text) for sentence in sentences]
+        labels = [word_labels(row, sentence.spans) for row, sentence in zip(words, sentences, strict=True)]
+        encoded = parser.encode(words)
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+        for k in torch.randperm(pool, generator=generator).tolist():
+            rows = order[k * config.batch:(k + 1) * config.batch]
+            yield [encoded[i] for i in rows], [labels[i] for i in rows]
+
+
+# --- training
+
+def fit(config: ParserTrainingConfig, *, seed: int, device: torch.device, progress: Callable[[str], None]) -> Parser:
+    """A trained parser in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = trained_tokenizer(
+        labelled_sentences(40_000, "train", generator=generator, invented=config.invented), config.vocabulary)
+    parser = Parser(new_model(_model_config(config, tokenizer), seed=seed).to(device), tokenizer)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # dropout knows only the global generator
+        _optimise(parser, config, generator, progress)
+    parser.model.eval()
+    return parser
+
+
+def _model_config(config: ParserTrainingConfig, tokenizer: Tokenizer) -> DistilBertConfig:
+    return DistilBertConfig(
+        vocab_size=tokenizer.get_vocab_size(), dim=config.width, n_layers=config.layers, n_heads=config.heads,
+        hidden_dim=4 * config.width, max_position_embeddings=config.positions, dropout=config.dropout,
+        attention_dropout=config.dropout, seq_classif_dropout=config.dropout,
+        id2label=dict(enumerate(LABELS)), label2id={label: i for i, label in enumerate(LABELS)})
+
+
+def _optimise(parser: Parser, config: ParserTrainingConfig, generator: torch.Generator,
+              progress: Callable[[str], None]) -> None:
+    model = parser.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    batches = _batches(parser, config, generator)
+    running = 0.0
+    for step in range(1, config.steps + 1):
+        loss = _loss(parser, *next(batches), config.masked, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        running += loss.item()
+        if step % 100 == 0:
+            progress(f"step {step} of {config.steps}, loss {running / 100:.4f}")
+            running = 0.0
+
+
+def _rate(step: int, config: ParserTrainingConfig) -> float:
+    """Share of the highest rate: a straight rise, then half a cosine down to 0."""
+    if step < config.warm_up:
+        return (step + 1) / config.warm_up
+    done = (step - config.warm_up) / (config.steps - config.warm_up)
+    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
+
+
+def _loss(parser: Parser, encoded: list[Encoded], labels: list[list[int]], masked: float, generator: torch.Generator
+          ) -> Tensor:
+    """Mean cross-entropy over words, some sub-words hidden."""
+    device = parser.model.device
+    ids, attention, index = padded(encoded, parser.tokenizer.token_to_id("[PAD]"), device)
+    hidden = (torch.rand(ids.shape, generator=generator).to(device) < masked) & (index >= 0)
+    ids = ids.masked_fill(hidden, parser.tokenizer.token_to_id("[MASK]"))
+    scores, mask = word_scores(parser.model(input_ids=ids, attention_mask=attention).logits, index)
+    target = torch.full(mask.shape, -100)
+    for row, own in enumerate(labels):
+        target[row, :min(len(own), target.shape[1])] = torch.tensor(own[:target.shape[1]])
+    return nll_loss(scores.flatten(0, 1), target.masked_fill(~mask.cpu(), -100).flatten().to(device))
+
+
+# --- figures
+
+def figures(parser: Parser, n: int, split: str, *, seed: int) -> dict[str, float]:
+    """Exact match of both sets and F1 of names with their side, in percent, on n sentences of a split."""
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    sentences = labelled_sentences(n, split, generator=generator)
+    return compared([true_modification(sentence) for sentence in sentences],
+                    parser.parse([sentence.text for sentence in sentences]))
+
+
+def true_modification(sentence: LabelledSentence) -> Modification:
+    """What the sentence was written to ask for."""
+    names = {side: tuple(sentence.text[span.start:span.end] for span in sentence.spans if span.side == side)
+             for side in ("add", "remove")}
+    return Modification(names["add"], names["remove"])
+
+
+def compared(true: list[Modification], found: list[Modification]) -> dict[str, float]:
+    """Percent of texts with both sets right; F1 over names; percent with the names right but not the sides."""
+    exact = sum(_names(a) == _names(b) for a, b in zip(true, found, strict=True))
+    right = sum(len(_names(a) & _names(b)) for a, b in zip(true, found, strict=True))
+    total = sum(len(_names(a)) + len(_names(b)) for a, b in zip(true, found, strict=True))
+    unsided = sum(_names(a) != _names(b) and {name for _, name in _names(a)} == {name for _, name in _names(b)}
+                  for a, b in zip(true, found, strict=True))
+    return {"n": len(true), "exact": round(100 * exact / len(true), 2), "f1": round(200 * right / max(total, 1), 2),
+            "side_wrong": round(100 * unsided / len(true), 2)}
+
+
+def _names(modification: Modification) -> set[tuple[str, str]]:
+    """Names with their sides, lower case, blanks collapsed."""
+    return {(side, " ".join(name.lower().split())) for side, names in
+            (("add", modification.add), ("remove", modification.remove)) for name in names}
