@@ -1,15 +1,14 @@
 """Task 2 from the organizers' tree to their seven metrics. Predictions are their `output_scores/`."""
 from __future__ import annotations
 
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from anomaly.score_files import read_scores, write_scores
-from data.anomaly_tree import Category, pixel_truth, read_tree
 
+from data.anomaly_tree import Category, check_category, pixel_truth, read_tree
 from data.errors import InputError, expect
-from data.images import find_unreadable
 from submit.intervals import percentile_interval, resampled_metrics
 from submit.results import Result, Split
 from submit.scoring import IMAGE_METRICS, PIXEL_METRICS, measured_metrics, weighted_score
@@ -18,17 +17,14 @@ SCORES = "output_scores"
 
 
 def read(folder: Path) -> Split:
-    """The categories in `folder` without their unreadable images, which become problems."""
+    """The categories in `folder` without the images that cannot be scored, which become problems."""
     tree = read_tree(folder)
-    categories, problems = [], list(tree.problems)
-    broken = find_unreadable(image.path for category in tree.categories for image in category.images)
-    for category in tree.categories:
-        kept = tuple(image for image in category.images if image.path not in broken)
-        if kept:
-            categories.append(replace(category, images=kept))
-    problems += broken.values()
+    with ThreadPoolExecutor() as pool:
+        checked = list(pool.map(check_category, tree.categories))
+    categories = [category for category, _ in checked if category is not None]
+    problems = tree.problems + tuple(problem for _, found in checked for problem in found)
     expect(categories, folder, "at least one category that can be scored", problems[0] if problems else "none")
-    return Split(None, {category.name: category for category in categories}, tuple(problems))
+    return Split(None, {category.name: category for category in categories}, problems)
 
 
 def predict(name: str, category: Category, folder: Path) -> None:
