@@ -6,7 +6,8 @@ the same function; a folder holds either. Embeddings are raw, as the arithmetic 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -43,14 +44,19 @@ class Encoder:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def encode_images(self, images: Iterable[Image.Image] | Tensor) -> Tensor:
+    def encode_images(self, images: Iterable | Tensor, *, opened: Callable[..., Image.Image] = lambda image: image
+                      ) -> Tensor:
         """Raw image embeddings (N, D) float32.
 
-        images: RGB images of any size (a generator is read block by block), or (N, 3, S, S) uint8 of the
-        model's own size S.
+        images: RGB images of any size, or (N, 3, S, S) uint8 of the model's own size S, or anything that `opened`
+        makes an RGB image of (it runs in threads, a bounded number ahead of the model).
         """
-        blocks = images.split(IMAGE_BLOCK) if isinstance(images, Tensor) else _blocks(images, IMAGE_BLOCK)
-        found = [self.model.encode_image(self._inputs(block).to(self.device)).float() for block in blocks]
+        if isinstance(images, Tensor):
+            inputs = (self._normalised(block) for block in images.split(IMAGE_BLOCK))
+        else:
+            prepared = in_order(lambda image: self._to_input(opened(image)), images)
+            inputs = (torch.stack(block) for block in _blocks(prepared, IMAGE_BLOCK))
+        found = [self.model.encode_image(block.to(self.device)).float() for block in inputs]
         return torch.cat(found) if found else self._nothing()
 
     @torch.no_grad()
@@ -63,11 +69,8 @@ class Encoder:
     def _nothing(self) -> Tensor:
         return torch.zeros(0, self.width, device=self.device)
 
-    def _inputs(self, images: list[Image.Image] | Tensor) -> Tensor:
-        """(B, 3, S, S) float32, normalised."""
-        if not isinstance(images, Tensor):
-            with ThreadPoolExecutor() as pool:  # resizing releases the interpreter lock
-                return torch.stack(list(pool.map(self._to_input, images)))
+    def _normalised(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) of the model's size -> its input."""
         size = self.preprocess.size
         size = (size, size) if isinstance(size, int) else tuple(size)
         expect(images.dtype == torch.uint8 and tuple(images.shape[1:]) == (3, *size), "images",
@@ -79,6 +82,16 @@ def normalised(images: Tensor, preprocess: PreprocessCfg) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 with the model's mean and deviation taken out."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
     return (images.float() / 255 - mean) / std
+
+
+def in_order(work: Callable, items: Iterable, *, ahead: int = 2 * IMAGE_BLOCK) -> Iterator:
+    """work(item) for each item, in order, done in threads; at most `ahead` results wait in memory."""
+    stream = iter(items)
+    with ThreadPoolExecutor() as pool:
+        waiting = deque(pool.submit(work, item) for item in islice(stream, ahead))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(stream, 1))
 
 
 def _blocks(items: Iterable, size: int) -> Iterable[list]:

@@ -7,6 +7,7 @@ text embedding where the highest id stands.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
@@ -18,11 +19,16 @@ BYTE_PIECES = 512  # the first ids of the BPE table: each byte inside a word, th
 _WORD_END = "</w>"
 
 
+@lru_cache(maxsize=1)
+def _full_table() -> SimpleTokenizer:
+    return SimpleTokenizer()  # reading the table takes most of a second
+
+
 class Vocabulary:
     """kept: ids of the full table that have an id of their own here, in order; None keeps all of it."""
 
     def __init__(self, kept: Sequence[int] | None, *, context_length: int) -> None:
-        self.bpe = SimpleTokenizer()
+        self.bpe = _full_table()
         ends = [self.bpe.sot_token_id, self.bpe.eot_token_id]
         self.kept = list(range(len(self.bpe.encoder))) if kept is None else list(kept)
         expect(self.kept[-2:] == ends and self.kept[:BYTE_PIECES] == list(range(BYTE_PIECES)), "vocabulary",
@@ -54,6 +60,6 @@ class Vocabulary:
 
 def pieces_used(texts: Iterable[str]) -> list[int]:
     """The `kept` list for a model trained on `texts`."""
-    bpe = SimpleTokenizer()
+    bpe = _full_table()
     used = {full for text in texts for full in bpe.encode(text)}
     return [*range(BYTE_PIECES), *sorted(used - set(range(BYTE_PIECES))), bpe.sot_token_id, bpe.eot_token_id]
