@@ -40,14 +40,14 @@ VALIDATION_SEED = 1_000_003  # sets of the validation start here; training sets 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 2000  # one set of images each; 20 minutes of one CPU core
+    steps: int = 1300  # one set of images each; about 13 minutes of one CPU core
     normal: int = 3  # undisturbed images of a set
     disturbed: int = 3
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     warmup: int = 100  # steps
     weight_decay: float = 0.05
     clip: float = 1.0  # norm of the gradient
-    checkpoint_every: int = 200  # steps
+    checkpoint_every: int = 100  # steps
 
     def __post_init__(self) -> None:
         expect(self.steps >= 1, "TrainingConfig.steps", ">= 1", self.steps)
@@ -149,8 +149,7 @@ def _step(backbone: Backbone, optimiser: torch.optim.Optimizer, config: Training
     generator = Generator().manual_seed(seed * 100_000 + step)
     images, changed = texture_set(config.normal, config.disturbed, backbone.config.size[0], generator=generator)
     share = patch_share(changed, backbone.grid)
-    features = backbone(images)
-    loss = ranking_loss(set_scores(features), share) + 0.2 * class_loss(features.classes, share)
+    loss = ranking_loss(set_scores(backbone(images)), share)
     optimiser.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.clip)
@@ -164,6 +163,7 @@ def patch_share(changed: Tensor, grid: tuple[int, int]) -> Tensor:
     return avg_pool2d(changed[:, None].float(), step).flatten(1)
 
 
+UNIT = 0.1  # of the distance between features of unit length; random nets give scores of about 0.3
 DISTURBED_FROM = 0.03  # share of changed pixels that makes a patch a disturbed one; less but not none is left out
 
 
@@ -192,35 +192,19 @@ def _plain_scores(patches: Tensor) -> Tensor:
 def ranking_loss(scores: Tensor, share: Tensor) -> Tensor:
     """How often and how far normal patches and images rank above disturbed ones; 0 is best.
 
-    scores, share: (N, L). Differences count in units of the spread of the normal scores.
+    scores, share: (N, L). Differences count in a fixed unit of distance: measured by the spread of the scores
+    themselves, features soon collapsed to one point (400 steps: validation AUROC of patches 0.72, below 250 steps).
     """
     low, high = scores[share == 0], scores[share >= DISTURBED_FROM]
     if not len(low) or not len(high):
         return scores.sum() * 0
-    unit = low.detach().std().clamp_min(1e-3)
-    loss = softplus((low[:, None] - high[None, :]) / unit).mean()
+    loss = softplus((low[:, None] - high[None, :]) / UNIT).mean()
     spoilt = (share >= DISTURBED_FROM).any(1)
     clean = (share == 0).all(1)
     if spoilt.any() and clean.any():
         top = scores.topk(2, dim=1).values.mean(1)
-        loss = loss + 0.3 * softplus((top[clean][:, None] - top[spoilt][None, :]) / unit).mean()
+        loss = loss + 0.3 * softplus((top[clean][:, None] - top[spoilt][None, :]) / UNIT).mean()
     return loss
-
-
-def class_loss(classes: Tensor, share: Tensor) -> Tensor:
-    """Cross-entropy of telling by class features, (N, C) of unit length, which other image is in the same state.
-
-    RsCIN averages image scores over images with like class features; so the disturbed ones are to be like each other.
-    """
-    spoilt = (share >= DISTURBED_FROM).any(1)
-    sure = spoilt | (share == 0).all(1)
-    classes, spoilt = classes[sure], spoilt[sure]
-    own = torch.eye(len(classes), dtype=torch.bool)
-    same = (spoilt[:, None] == spoilt[None, :]) & ~own
-    if not same.any() or spoilt.all() or not spoilt.any():
-        return classes.sum() * 0
-    logs = (classes @ classes.T / 0.1).masked_fill(own, -1e4).log_softmax(1)
-    return -(logs * same).sum(1)[same.any(1)].div(same.sum(1)[same.any(1)]).mean()
 
 
 @torch.inference_mode()
