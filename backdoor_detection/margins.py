@@ -1,0 +1,130 @@
+"""The largest margin each class can reach by moving features freely: a backdoor's target reaches further.
+
+Method: Mm-Bd (Wang et al., IEEE S&P 2024, arXiv:2205.06900), contest variant: the free variable is the output
+of the first residual block for a few clean images, not the pixels, and it is unbounded.
+A quirk that carries the result, kept on purpose: the published code builds AdamW anew at every step, so its
+moments never act; one such step is a sign step g / (|g| + 1e-8) with weight decay, written out here.
+Departs from it: many classes share a forward pass; a random draw comes from a generator over a sorted listing;
+the relative stop multiplies instead of dividing by a loss that may be 0.
+"""
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from data.errors import expect
+
+ADAM_EPSILON = 1e-8  # AdamW's default
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The numbers of the contest report."""
+
+    images: int = 30         # for each class, drawn with replacement where there are fewer
+    size: int = 128          # pixels a side that replace the size of a Resize in the transform
+    steps: int = 100         # at most
+    warm_up: int = 10        # steps of linear rise to the peak rate
+    peak: float = 0.1        # rate; then half a cosine down to
+    final: float = 0.001
+    decay: float = 0.01      # AdamW's default weight decay
+    tolerance: float = 1e-5  # stop at a smaller relative change of a class's loss
+    alarm: float = 0.08      # backdoored below this p; the one constant tuned on the evaluation set
+    block: int = 1 << 26     # feature values moved side by side at most (256 MB each copy); for memory only
+
+    def __post_init__(self) -> None:
+        for name in ("images", "size", "steps", "block"):
+            expect(getattr(self, name) > 0, f"ReportConfig.{name}", "> 0", getattr(self, name))
+        expect(0 <= self.warm_up < self.steps, "ReportConfig.warm_up", f"in [0, {self.steps})", self.warm_up)
+        expect(0 < self.alarm < 1, "ReportConfig.alarm", "in (0, 1)", self.alarm)
+
+
+def rates(config: ReportConfig) -> list[float]:
+    """The step sizes: linear warm-up to `peak`, then half a cosine towards `final`."""
+    rising = [config.peak * (s + 1) / config.warm_up for s in range(config.warm_up)]
+    rest = config.steps - config.warm_up
+    return rising + [config.final + (config.peak - config.final) * (1 + math.cos(math.pi * s / rest)) / 2
+                     for s in range(rest)]
+
+
+class SplitModel:
+    """A frozen copy of a PreActResNet18, cut after its first block; the caller's model stays as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        for name in ("conv1", "layer1", "layer2", "layer3", "layer4", "avgpool", "linear"):
+            expect(hasattr(model, name), "model", f"a PreActResNet18 with {name!r}", type(model).__name__)
+        net = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        for block in net.modules():
+            _fold_second_norm(block)
+        self.stem = nn.Sequential(net.conv1, net.layer1[0])
+        self.trunk = nn.Sequential(net.layer1[1:], net.layer2, net.layer3, net.layer4, net.avgpool,
+                                   nn.Flatten(), net.linear)
+
+
+def _fold_second_norm(block: nn.Module) -> None:
+    """bn2 into the convolution before it: the same function, one pass over the features less."""
+    conv, norm = getattr(block, "conv1", None), getattr(block, "bn2", None)
+    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        block.conv1, block.bn2 = fuse_conv_bn_eval(conv, norm), nn.Identity()
+
+
+def class_margins(trunk: nn.Module, features: Tensor, draws: Sequence[Tensor], config: ReportConfig) -> Tensor:
+    """(K,) the largest margin found for each class; larger = more suspicious.
+
+    features: (N, C, H, W) first-block outputs of the clean images; draws: K index vectors into them.
+    trunk: features to (B, K) logits, frozen. The margin of class t is z_t minus the largest other logit.
+    """
+    per_class = draws[0].numel() * features[0].numel()
+    together = max(1, config.block // per_class)
+    found = [_margins_of(trunk, features, list(range(k, min(k + together, len(draws)))), draws, config)
+             for k in range(0, len(draws), together)]
+    return torch.cat(found)
+
+
+def _margins_of(trunk: nn.Module, features: Tensor, classes: Sequence[int], draws: Sequence[Tensor],
+                config: ReportConfig) -> Tensor:
+    """(len(classes),) margins of some classes, optimised in one batch; each stops for itself."""
+    count = draws[0].numel()
+    free = features[torch.cat([draws[k] for k in classes])].contiguous(memory_format=torch.channels_last)
+    target = torch.tensor(classes, device=features.device).repeat_interleave(count)
+    rows = torch.arange(len(classes), device=features.device)  # of the classes still moving
+    best = features.new_empty(len(classes))
+    last = features.new_full((len(classes),), math.inf)
+    for rate in rates(config):
+        margins, gradient = _margins_and_gradient(trunk, free, target, len(draws))
+        margins = margins.view(-1, count)
+        best[rows] = margins.amax(1)
+        loss = -margins.sum(1)
+        moving = ~((last - loss).abs() < config.tolerance * last.abs())
+        free = sign_step(free, gradient, rate, config.decay)
+        if not moving.all():
+            keep = moving.repeat_interleave(count)
+            free, target, rows, loss = free[keep], target[keep], rows[moving], loss[moving]
+        if len(rows) == 0:
+            break
+        last = loss
+    return best
+
+
+def _margins_and_gradient(trunk: nn.Module, free: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(B,) margins and the gradient of the loss, minus their sum, by the features."""
+    free = free.detach().requires_grad_(True)
+    logits = trunk(free)
+    expect(logits.shape[1] == num_classes, "num_classes", f"{logits.shape[1]}, as the model puts out", num_classes)
+    own = logits.gather(1, target[:, None])[:, 0]
+    other = logits.scatter(1, target[:, None], -math.inf).amax(1)
+    margins = own - other
+    (gradient,) = torch.autograd.grad(-margins.sum(), free)
+    return margins.detach(), gradient
+
+
+def sign_step(free: Tensor, gradient: Tensor, rate: float, decay: float) -> Tensor:
+    """One first step of AdamW, in closed form: decay, then a step of `rate` against the gradient's sign."""
+    direction = gradient / (gradient.abs() + ADAM_EPSILON)
+    return free.detach().mul(1 - rate * decay).sub_(direction, alpha=rate)
