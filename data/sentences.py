@@ -27,7 +27,7 @@ _LEAD, _TAIL = 0.2, 0.15  # share of sentences with words before and after the r
 _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't you|why|what|how|should|shall|might|"
                        r"may|where|who|won't|couldn't|shouldn't|wouldn't|any|which|must)\b(?!.*[.?!] )", re.IGNORECASE)
 _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, "; ": 1,
-               " along with ": 2, " and also ": 2, " together with ": 1, " / ": 1}  # between the last two of a list -> weight
+               " along with ": 2, " and also ": 2, " together with ": 1, " / ": 1}  # before the last one -> weight
 _DETERMINED = re.compile(r"\b(?:the|a|an|my|that|this|no|more) $")
 _VOWEL = re.compile(r"[aeiou]|8|11|18", re.IGNORECASE)
 

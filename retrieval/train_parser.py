@@ -5,9 +5,11 @@ masked, so that the model reads the wording around a name and not the name. Adam
 """
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.functional import nll_loss
 from transformers import DistilBertConfig
@@ -38,6 +40,7 @@ from retrieval.parser import (
 )
 
 COMMAND = "python -m submit weights train parser"
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class ParserTrainingConfig:
     weight_decay: float = 0.01
     invented: float = 0.3  # share of names and frames with made-up words
     masked: float = 0.1  # share of sub-words hidden from the model
-    vocabulary: int = 6000  # word pieces
+    parted: float = 0.15  # share of words that are split into short pieces, as words never seen are
+    vocabulary: int = 5000  # word pieces
+    corpus: int = 40_000  # sentences that the word pieces are chosen on
     width: int = 192
     layers: int = 3
     heads: int = 6
@@ -62,7 +67,7 @@ class ParserTrainingConfig:
     def __post_init__(self) -> None:
         expect(0 < self.warm_up < self.steps, "ParserTrainingConfig.warm_up", "in (0, steps)", self.warm_up)
         expect(self.width % self.heads == 0, "ParserTrainingConfig.width", "a multiple of heads", self.width)
-        for name in ("invented", "masked", "dropout"):
+        for name in ("invented", "masked", "parted", "dropout"):
             expect(0 <= getattr(self, name) < 1, f"ParserTrainingConfig.{name}", "in [0, 1)", getattr(self, name))
 
 
@@ -114,17 +119,37 @@ def _plain_config(config: DistilBertConfig) -> dict:
 # --- what the model learns from
 
 def trained_tokenizer(sentences: list[LabelledSentence], vocabulary: int) -> Tokenizer:
-    """A lower-cased WordPiece tokenizer for pre-split words."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    """A lower-cased WordPiece tokenizer for pre-split words.
+
+    Its pieces are chosen here: the trainers of the library break ties by chance, so no seed would repeat them.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    words = (word.plain for sentence in sentences for word in split_words(sentence.text))
+    counts = Counter(map(normalizer.normalize_str, words))
+    pieces = [*_SPECIAL, *word_pieces(counts, vocabulary - len(_SPECIAL))]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
-    lines = (" ".join(word.plain for word in split_words(sentence.text)) for sentence in sentences)
-    tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(name, special.index(name)) for name in ("[CLS]", "[SEP]")])
+        single="[CLS] $A [SEP]", special_tokens=[(name, _SPECIAL.index(name)) for name in ("[CLS]", "[SEP]")])
     return tokenizer
+
+
+def word_pieces(counts: Counter[str], n: int) -> list[str]:
+    """n pieces: all characters, then half and half frequent words and the beginnings and ends that most words share.
+
+    counts: how often each word occurs; what occurs once or twice is mostly made up and shares no pieces. Ties go by
+    the alphabet. Fewer than n if there are no more.
+    """
+    characters = sorted({mark + char for word in counts for char in word for mark in ("", "##")})
+    shared: Counter[str] = Counter()
+    for word in (word for word in counts if counts[word] > 2):
+        for i in range(2, min(len(word), 7)):
+            shared[word[:i]] += i - 1  # a longer piece saves more
+            shared[f"##{word[-i:]}"] += i - 1
+    by_count = [sorted(group, key=lambda piece: (-group[piece], piece)) for group in (counts, shared)]
+    alternating = itertools.chain(*itertools.zip_longest(*by_count, fillvalue=""))
+    return list(itertools.islice(dict.fromkeys(filter(None, [*characters, *alternating])), n))
 
 
 def word_labels(words: list[Word], spans: tuple[Span, ...]) -> list[int]:
@@ -137,15 +162,37 @@ def word_labels(words: list[Word], spans: tuple[Span, ...]) -> list[int]:
     return labels
 
 
+def splitting_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same with the same ids, but without the longer word beginnings: most words fall into pieces."""
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.model = models.WordPiece({piece: i for piece, i in tokenizer.get_vocab().items()
+                                    if piece.startswith(("##", "[")) or len(piece) <= 3}, unk_token="[UNK]")
+    return other
+
+
+def mixed(whole: Encoded, parted: Encoded, chosen: list[bool]) -> Encoded:
+    """Sub-words of the second for the chosen words, of the first for the others."""
+    ids, words = [], []
+    for item, wanted in ((whole, False), (parted, True)):
+        for i, word in zip(item.ids, item.words, strict=True):
+            if (word >= 0 and chosen[word] == wanted) or (word < 0 and not wanted):
+                ids.append(i)
+                words.append(word)
+    last = max(words) + 1
+    order = sorted(range(len(ids)), key=lambda k: words[k] if words[k] >= 0 else (-1 if k == 0 else last))
+    return Encoded([ids[k] for k in order], [words[k] for k in order])
+
+
 def _batches(parser: Parser, config: ParserTrainingConfig, generator: torch.Generator
              ) -> Iterator[tuple[list[Encoded], list[list[int]]]]:
     """Endless batches of encoded sentences with labels; sentences of like length share one."""
-    pool = 16
+    pool, splitting = 16, Parser(parser.model, splitting_tokenizer(parser.tokenizer))
     while True:
         sentences = labelled_sentences(config.batch * pool, "train", generator=generator, invented=config.invented)
         words = [split_words(sentence.text) for sentence in sentences]
         labels = [word_labels(row, sentence.spans) for row, sentence in zip(words, sentences, strict=True)]
-        encoded = parser.encode(words)
+        encoded = [mixed(whole, parted, (torch.rand(len(row), generator=generator) < config.parted).tolist())
+                   for whole, parted, row in zip(parser.encode(words), splitting.encode(words), words, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
         for k in torch.randperm(pool, generator=generator).tolist():
             rows = order[k * config.batch:(k + 1) * config.batch]
@@ -158,7 +205,7 @@ def fit(config: ParserTrainingConfig, *, seed: int, device: torch.device, progre
     """A trained parser in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer = trained_tokenizer(
-        labelled_sentences(40_000, "train", generator=generator, invented=config.invented), config.vocabulary)
+        labelled_sentences(config.corpus, "train", generator=generator, invented=config.invented), config.vocabulary)
     parser = Parser(new_model(_model_config(config, tokenizer), seed=seed).to(device), tokenizer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout knows only the global generator
