@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -170,6 +171,12 @@ def _choose_query(family: list[Scene], target: Scene, *, rng: np.random.Generato
                    _in_random_order(query.names - target.names, rng))
 
 
+def request_texts(triplets: Sequence[Triplet], *, seed: int) -> list[str]:
+    """The request of each triplet in free English, in wordings kept apart for testing the parser."""
+    generator = torch.Generator().manual_seed(seed)
+    return [write_request(t.add, t.remove, split="test", generator=generator) for t in triplets]
+
+
 def _in_random_order(names: frozenset[str], rng: np.random.Generator) -> tuple[str, ...]:
     return tuple(rng.permutation(sorted(names)).tolist())
 
@@ -206,17 +213,16 @@ def draw_ground(pattern: str, seed: int) -> np.ndarray:
 def write_retrieval_split(folder: Path, *, seed: int, queries: int = 300, part: Part = DEVELOPMENT) -> None:
     """Write the organizers' layout: queries.csv (query_image, query_text, target_image) and images/*.png.
 
-    The folder appears whole or not at all. Requests are written in wordings the parser was not trained on.
+    The folder appears whole or not at all; `read_retrieval_set` reads it.
     """
     triplets = retrieval_triplets(part, seed=seed, queries=queries)
-    words = torch.Generator().manual_seed(seed)
     files = {scene: f"scene_{i:05d}.png" for i, scene in
              enumerate(dict.fromkeys(s for t in triplets for s in (t.target, t.query)))}
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(("query_image", "query_text", "target_image"))
-    for t in triplets:
-        rows.writerow((files[t.query], write_request(t.add, t.remove, split="test", generator=words), files[t.target]))
+    for t, text in zip(triplets, request_texts(triplets, seed=seed), strict=True):
+        rows.writerow((files[t.query], text, files[t.target]))
     with new_folder(Path(folder)) as scratch:
         (scratch / "images").mkdir()
         for scene, name in files.items():

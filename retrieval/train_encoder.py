@@ -32,12 +32,16 @@ from data.scenes import (
     Triplet,
     draw_scene,
     make_family,
+    request_texts,
     retrieval_triplets,
 )
 from retrieval.compose import PROMPT, compose, nearest
-from retrieval.encoder import Encoder, build_model, normalised
+from retrieval.encoder import EMBEDDED, Encoder, build_model, normalised
+from retrieval.parser import parse
 from retrieval.small_trunk import NAME
 from retrieval.vocabulary import Vocabulary, pieces_used
+
+PARSER = EMBEDDED.with_name("parser")
 
 
 @dataclass(frozen=True)
@@ -119,17 +123,35 @@ def train(folder: Path, *, seed: int = 0, cfg: TrainingConfig | None = None,
     encoder, model_cfg = new_encoder(cfg, seed=seed)
     partial = folder.with_name(f".{folder.name}.partial")
     seconds = _optimise(encoder, cfg, seed, partial, say, checks)
-    for weight in encoder.model.state_dict().values():  # measure what is stored
-        if weight.is_floating_point():
-            weight.copy_(weight.half())
-    figures = measure(encoder, retrieval_triplets(DEVELOPMENT, seed=0, queries=dev_queries))
-    card = {"command": "python -m submit weights train encoder", "seed": seed, "steps": cfg.steps,
-            "seconds": round(seconds), "figures": {f"development, seed 0, {dev_queries} queries, true parse": figures},
-            "config": asdict(cfg), "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
-            "data": "scenes generated during training (data.scenes, part TRAINING); no file, no real image"}
-    save_encoder(folder, encoder, model_cfg, card)
+    card = finish(folder, encoder, model_cfg, cfg, seed=seed, seconds=seconds, dev_queries=dev_queries)
     partial.unlink(missing_ok=True)
     return card
+
+
+def finish(folder: Path, encoder: Encoder, model_cfg: dict, cfg: TrainingConfig, *, seed: int, seconds: float,
+           dev_queries: int) -> dict:
+    """Round the weights to half precision, measure what is then stored, write the folder; returns the card."""
+    for weight in encoder.model.state_dict().values():
+        if weight.is_floating_point():
+            weight.copy_(weight.half())
+    card = {"command": "python -m submit weights train encoder", "seed": seed, "steps": cfg.steps,
+            "seconds": round(seconds), "config": asdict(cfg),
+            "figures": {"split": f"development, seed 0, {dev_queries} queries; top-1 in percent",
+                        **development_figures(encoder, queries=dev_queries)},
+            "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
+            "data": "scenes generated during training (data.scenes, part TRAINING); no file, no real image"}
+    save_encoder(folder, encoder, model_cfg, card)
+    return card
+
+
+def development_figures(encoder: Encoder, *, queries: int, seed: int = 0) -> dict[str, dict[str, float]]:
+    """`measure` on the development split: with the true parse, and with the embedded parser's if it is there."""
+    triplets = retrieval_triplets(DEVELOPMENT, seed=seed, queries=queries)
+    found = {"true parse": measure(encoder, triplets)}
+    if PARSER.is_dir():
+        read = parse(request_texts(triplets, seed=seed))
+        found["predicted parse"] = measure(encoder, triplets, [(m.add, m.remove) for m in read])
+    return found
 
 
 def _optimise(encoder: Encoder, cfg: TrainingConfig, seed: int, partial: Path,
@@ -153,8 +175,9 @@ def _optimise(encoder: Encoder, cfg: TrainingConfig, seed: int, partial: Path,
             model.eval()
             seconds = before + time.monotonic() - started
             _checkpoint(partial, {"key": key, "step": step + 1, "seconds": seconds}, state)
-            found = measure(encoder, retrieval_triplets(VALIDATION, seed=seed, queries=checks)) if checks else {}
-            say(f"step {step + 1}/{cfg.steps} loss {loss:.3f} {seconds:.0f} s validation {found}")
+            held = retrieval_triplets(VALIDATION, seed=seed, queries=checks) if checks else []
+            found = f", validation top-1 {measure(encoder, held)['composed']}" if held else ""
+            say(f"step {step + 1}/{cfg.steps}, {seconds:.0f} s, loss {loss:.3f}{found}")
     model.eval().requires_grad_(False)
     return before + time.monotonic() - started
 
@@ -204,7 +227,8 @@ def _resume(path: Path, key: str, state: dict) -> tuple[int, float]:
 
 def measure(encoder: Encoder, triplets: Sequence[Triplet],
             asked: Sequence[tuple[Sequence[str], Sequence[str]]] | None = None) -> dict[str, float]:
-    """Top-1 in percent over the unique targets: composed, query image alone, text alone; how often the query wins.
+    """Top-1 in percent over the unique targets: composed, query image alone, text alone; how often the query wins;
+    composed by kind of request.
 
     asked: (added, removed) names as a parser read them, one a triplet; None takes the true ones.
     """
@@ -222,6 +246,10 @@ def measure(encoder: Encoder, triplets: Sequence[Triplet],
     found = {name: nearest(v, gallery) for name, v in rows.items()}
     percent = {name: 100 * (index == truth).double().mean().item() for name, index in found.items()}
     percent["query image wins"] = 100 * (found["composed"] == query).double().mean().item()
+    for kind in sorted({(len(t.add), len(t.remove)) for t in triplets}):
+        of_kind = torch.tensor([(len(t.add), len(t.remove)) == kind for t in triplets])
+        hits = (found["composed"] == truth)[of_kind]
+        percent[f"composed, {kind[0]} added {kind[1]} removed"] = 100 * hits.double().mean().item()
     return {name: round(value, 2) for name, value in percent.items()}
 
 

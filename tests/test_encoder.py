@@ -47,9 +47,9 @@ def uint8(images):
 def test_images_one_by_one_in_blocks_and_as_a_tensor_agree(encoder):
     images = pictures(70)  # more than one block
     found = encoder.encode_images(images)
-    one_by_one = torch.cat([encoder.encode_images([i]) for i in images])
     assert found.shape == (70, 12) and found.dtype == torch.float32
-    torch.testing.assert_close(found, one_by_one, atol=1e-5, rtol=0)
+    for i in (0, 63, 64, 69):
+        torch.testing.assert_close(found[i:i + 1], encoder.encode_images([images[i]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_images(uint8(images)), found, atol=1e-5, rtol=0)
 
 

@@ -1,4 +1,5 @@
 """Training of the dual encoder: losses against loops, runs that repeat and go on."""
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,21 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from data.pictograms import NAMES
-from data.scenes import DEVELOPMENT, retrieval_triplets
+from data.scenes import DEVELOPMENT, request_texts, retrieval_triplets
 from retrieval import train_encoder
 from retrieval.compose import PROMPT
 from retrieval.encoder import EMBEDDED, load_encoder
-from retrieval.train_encoder import TrainingConfig, both_ways, composition_loss, draw_batch, measure, new_encoder, train
+from retrieval.parser import Modification
+from retrieval.train_encoder import (
+    TrainingConfig,
+    both_ways,
+    composition_loss,
+    development_figures,
+    draw_batch,
+    measure,
+    new_encoder,
+    train,
+)
 
 QUICK = TrainingConfig(steps=3, families=2, family=(2, 2), checkpoint_every=1, width=16, text_width=32, text_layers=1)
 
@@ -23,6 +34,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_parser(monkeypatch, tmp_path):
+    """These runs measure with the true parse only: the parser has tests of its own."""
+    monkeypatch.setattr(train_encoder, "PARSER", tmp_path / "absent")
 
 
 def randn(*shape, seed):
@@ -101,7 +118,8 @@ def test_what_was_saved_is_what_was_measured(tmp_path):
     lines = []
     card = train(tmp_path / "encoder", cfg=QUICK, checks=20, dev_queries=40, progress=lines.append)
     again = measure(load_encoder(tmp_path / "encoder", device="cpu"), retrieval_triplets(seed=0, queries=40))
-    assert list(card["figures"].values()) == [again]
+    assert card["figures"]["true parse"] == again
+    assert json.loads(json.dumps(card)) == json.loads((tmp_path / "encoder" / "card.json").read_text())
     assert len(lines) == 3 and all("validation" in line for line in lines)
 
 
@@ -129,6 +147,8 @@ def test_measure_agrees_with_a_plain_loop_on_the_text_only_and_composed_rows():
             best = max(targets, key=lambda s, v=v: cosine_similarity(v, picture[s], dim=0).item())
             hits[row] += best == t.target
     found = measure(encoder, triplets)
+    kinds = [(f"composed, {len(t.add)} added {len(t.remove)} removed") for t in triplets]
+    assert sum(found[kind] for kind in kinds) / 20 == pytest.approx(found["composed"], abs=0.01)
     assert {row: found[row] for row in hits} == {row: 5.0 * count for row, count in hits.items()}
 
 
@@ -147,3 +167,17 @@ def test_the_embedded_encoder_composes_names_and_scenes_it_never_saw_together():
     """The card's claim, on a seed of its own and fewer queries: far above either half of the query alone."""
     found = measure(load_encoder(EMBEDDED, device="cpu"), retrieval_triplets(DEVELOPMENT, seed=11, queries=100))
     assert found["composed"] >= 80 and found["query image alone"] <= 10 and found["text alone"] <= 30
+
+
+def test_development_figures_read_the_requests_with_the_parser(tmp_path, monkeypatch):
+    texts = []
+
+    def parse_nothing(asked):
+        texts.extend(asked)
+        return [Modification() for _ in asked]
+
+    monkeypatch.setattr(train_encoder, "parse", parse_nothing)
+    monkeypatch.setattr(train_encoder, "PARSER", tmp_path)
+    found = development_figures(new_encoder(QUICK, seed=0)[0], queries=20, seed=4)
+    assert texts == request_texts(retrieval_triplets(seed=4, queries=20), seed=4)
+    assert found["predicted parse"]["composed"] == found["true parse"]["query image alone"]  # nothing read, q stays
