@@ -1,0 +1,87 @@
+"""From the images of one category to image scores and anomaly maps, by the stages of MuSc.
+
+Paper: Li et al., MuSc, ICLR 2024, arXiv:2401.16753; image score, degrees and windows as in the report of a contest
+entry. Stages: patch features, neighbourhoods (`lnamd`), mutual scores, image score, smoothing (`rscin`), maps.
+Departs from them: scores are scaled to [0, 1] over the category, as the contest asks.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anomaly.backbone import Backbone, Features, extract
+from anomaly.foreground import background, without_background
+from anomaly.image_score import image_scores, score_maps
+from anomaly.lnamd import neighbourhood_features
+from anomaly.mutual_scoring import BYTES, mutual_scores
+from anomaly.rscin import smoothed_scores
+from data.anomaly_tree import SIDE
+from data.errors import expect
+
+ROUNDING = 1e-5  # distance of unit vectors from which two patches differ at all; nets answer twins within 1e-6
+GPU_BYTES = 2**30  # of distances held at once on a GPU, which takes larger products than a processor's cache
+
+
+@dataclass(frozen=True)
+class MuscConfig:
+    degrees: tuple[int, ...] = (1, 3)  # sides of the neighbourhoods in patches, odd; the report's
+    keep: float = 0.3  # share of the other images that count, the nearest first; the paper's
+    windows: tuple[int, ...] = (1, 8, 9)  # images over which image scores are smoothed; the report's
+    foreground: bool = False  # hide the background by its colour; it helps only where an object lies in the middle
+
+    def __post_init__(self) -> None:
+        where = "MuscConfig."
+        expect(self.degrees and all(d >= 1 and d % 2 for d in self.degrees), where + "degrees", "odd numbers from 1",
+               self.degrees)
+        expect(0 < self.keep <= 1, where + "keep", "a share in (0, 1]", self.keep)
+        expect(self.windows and min(self.windows) >= 1, where + "windows", "numbers of images from 1", self.windows)
+
+
+@dataclass(frozen=True)
+class PatchScores:
+    scores: Tensor  # (N, L) float32, higher = more anomalous
+    grid: tuple[int, int]
+    classes: Tensor  # (N, C) class features, unit length
+
+
+def patch_scores(images: Tensor, backbone: Backbone, config: MuscConfig) -> PatchScores:
+    """Mutual scores of all patches. images: (N, 3, H, W) uint8 of the backbone's input size, N >= 2."""
+    expect(len(images) >= 2, "images", ">= 2 images of a category", len(images))
+    return feature_scores(extract(backbone, images), config)
+
+
+def feature_scores(features: Features, config: MuscConfig) -> PatchScores:
+    """Mutual scores averaged over layers and degrees."""
+    max_bytes = GPU_BYTES if features.classes.is_cuda else BYTES
+    total = 0
+    for layer in features.layers:
+        for degree in config.degrees:
+            patches = neighbourhood_features(layer, features.grid, degree)
+            total = total + mutual_scores(patches, config.keep, max_bytes=max_bytes).double()
+    scores = (total / (len(features.layers) * len(config.degrees))).float()
+    return PatchScores(torch.where(scores > ROUNDING, scores, 0), features.grid, features.classes)
+
+
+def category_scores(for_maps: PatchScores, for_images: PatchScores, config: MuscConfig,
+                    small: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Image scores (N,) and maps (N, 1, 224, 224), both in [0, 1] over the category.
+
+    The two inputs may come from two backbones, or be the same. small: (N, 3, 224, 224) uint8 images, needed where
+    the config hides the background.
+    """
+    images = smoothed_scores(image_scores(for_images.scores), for_images.classes, config.windows)
+    maps = score_maps(for_maps.scores, for_maps.grid, SIDE)
+    if config.foreground:
+        expect(small is not None, "small", "images of the maps' size, to find the background", None)
+        maps = without_background(maps, background(small.to(maps.device)))
+    return unit_range(images), unit_range(maps)
+
+
+def unit_range(values: Tensor) -> Tensor:
+    """Values moved and scaled to [0, 1] over all of them; equal values become 0. Order stays."""
+    low, high = values.min(), values.max()
+    if low == high:
+        return torch.zeros_like(values)
+    return ((values - low) / (high - low)).clamp(0, 1)
