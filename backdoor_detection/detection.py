@@ -12,8 +12,11 @@ from torchvision.transforms import Compose, Resize
 
 from backdoor_detection.margins import ReportConfig, SplitModel, class_margins
 from backdoor_detection.outlier import outlier_p_value
+from data.devices import chosen_device
 from data.errors import InputError, expect
 from data.images import list_images, read_rgb
+
+SEED = 0  # of the images drawn for a shipped verdict
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     margins = class_margins(split.trunk, features, places.to(device).split(config.images), config).cpu()
     p_value = outlier_p_value(margins)
     return Detection(p_value < config.alarm, p_value, margins, int(margins.argmax()))
+
+
+def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable) -> Detection:
+    """The shipped verdict: the report's numbers, a fixed draw of images, a copy of `model` on the chosen device."""
+    generator = torch.Generator().manual_seed(SEED)
+    on_device = copy.deepcopy(model).to(chosen_device())
+    return detect(on_device, num_classes, images_folder, transformation, ReportConfig(), generator=generator)
 
 
 def draw_images(available: int, count: int, *, generator: torch.Generator) -> Tensor:

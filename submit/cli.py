@@ -23,6 +23,7 @@ app.add_typer(zoo_app, name="zoo")
 app.add_typer(weights_app, name="weights")
 
 UsageProblem = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps its click
+INTERRUPTED = 130
 
 TASKS = ("retrieval", "anomaly", "backdoor")
 
@@ -131,8 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
         place = error.filename or "file system"
         status = _complain(f"{place}: expected to read and write here, found {error.strerror or error}")
     except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    if status == INTERRUPTED:  # newer typers turn Ctrl-C into this status themselves
         print("interrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
-        status = 130
     sys.exit(status)
 
 

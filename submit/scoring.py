@@ -108,7 +108,7 @@ def backdoored(ground_truth: np.ndarray) -> np.ndarray:
     """
     ground_truth = np.asarray(ground_truth)
     expect(np.isin(ground_truth, (0, 1)).all(), "ground_truth", "0 (backdoored) or 1 (clean)",
-           sorted(set(ground_truth.tolist()) - {0, 1}))
+           np.setdiff1d(ground_truth, (0, 1)).tolist())
     return 1 - ground_truth
 
 
@@ -118,5 +118,5 @@ def detection_accuracy(predictions: np.ndarray, ground_truth: np.ndarray) -> flo
     expect(predictions.shape == np.shape(ground_truth) and predictions.size, "predictions",
            f"shape {np.shape(ground_truth)}, not empty", predictions.shape)
     expect(np.isin(predictions, (0, 1)).all(), "predictions", "0 (clean) or 1 (backdoored)",
-           sorted(set(predictions.tolist()) - {0, 1}))
+           np.setdiff1d(predictions, (0, 1)).tolist())
     return 100 * float((predictions == backdoored(ground_truth)).mean())

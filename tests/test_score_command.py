@@ -237,7 +237,7 @@ def test_a_place_that_cannot_be_written(capsys, scenes, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     status, out, err = run(capsys, "score", "retrieval", "--data", scenes, "--runs", tmp_path / "file")
     assert (status, out) == (2, "") and "file: expected to read and write here, found File exists" in err
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
     status, _, err = run(capsys, "score", "retrieval", "--data", scenes, "--runs", tmp_path / "ro")
     assert status == 2 and "ro: expected a folder to write to, found a read-only one" in err and not CALLS
 
