@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from data.errors import expect
-from data.files import fingerprint, new_folder, write_atomic
+from data.files import new_folder, write_atomic
 from data.pictograms import NAMES, SPRITE, sprite
 from data.sentences import write_request
 
@@ -79,14 +79,6 @@ class Triplet:
     target: Scene
     add: tuple[str, ...]
     remove: tuple[str, ...]
-
-
-def split_version() -> str:
-    """Changes with the code of scenes, drawings and wordings: part of the name of whatever was made with them."""
-    here = Path(__file__).parent
-    sources = [*(here / f"{name}.py" for name in ("phrasebook", "pictograms", "scenes", "sentences")),
-               *(p for p in here.glob("phrases/*") if p.is_file())]
-    return fingerprint(*sorted(sources))
 
 
 @lru_cache(maxsize=1)

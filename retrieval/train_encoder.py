@@ -51,7 +51,7 @@ class TrainingConfig:
     family: tuple[int, int] = (4, 2)  # scenes of a family: contents of its two varied cells
     rate: float = 2e-3            # AdamW, 50 steps of warm-up, then cosine to zero
     weight_decay: float = 0.02
-    caption_weight: float = 0.2   # of the caption loss; 0.1 to 0.3 serve alike
+    caption_weight: float = 0.2   # of the caption loss: a grounding beside the main loss, not a rival to it
     checkpoint_every: int = 100   # steps
     width: int = 192              # D
     text_width: int = 96
