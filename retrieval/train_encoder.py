@@ -46,7 +46,7 @@ PARSER = EMBEDDED.with_name("parser")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 1400             # about 30 minutes on one CPU thread
+    steps: int = 1400             # 40 minutes on one thread of a busy machine
     families: int = 40            # a step
     family: tuple[int, int] = (4, 2)  # scenes of a family: contents of its two varied cells
     rate: float = 2e-3            # AdamW, 50 steps of warm-up, then cosine to zero
