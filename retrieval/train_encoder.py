@@ -41,7 +41,7 @@ from retrieval.parser import parse
 from retrieval.small_trunk import NAME
 from retrieval.vocabulary import Vocabulary, pieces_used
 
-PARSER = EMBEDDED.with_name("parser")
+PARSER = EMBEDDED.with_name("parser") / "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,12 @@ def finish(folder: Path, encoder: Encoder, model_cfg: dict, cfg: TrainingConfig,
     for weight in encoder.model.state_dict().values():
         if weight.is_floating_point():
             weight.copy_(weight.half())
-    card = {"command": "python -m submit weights train encoder", "seed": seed, "steps": cfg.steps,
+    card = {"command": "python -m submit weights train encoder --out NEW_FOLDER", "seed": seed, "steps": cfg.steps,
             "seconds": round(seconds), "config": asdict(cfg),
             "figures": {"split": f"development, seed 0, {dev_queries} queries; top-1 in percent",
                         **development_figures(encoder, queries=dev_queries)},
             "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
+            "threads": torch.get_num_threads(),  # sums are split by thread: other counts end at other weights
             "data": "scenes generated during training (data.scenes, part TRAINING); no file, no real image"}
     save_encoder(folder, encoder, model_cfg, card)
     return card
@@ -148,9 +149,9 @@ def development_figures(encoder: Encoder, *, queries: int, seed: int = 0) -> dic
     """`measure` on the development split: with the true parse, and with the embedded parser's if it is there."""
     triplets = retrieval_triplets(DEVELOPMENT, seed=seed, queries=queries)
     found = {"true parse": measure(encoder, triplets)}
-    if PARSER.is_dir():
+    if PARSER.is_file():
         read = parse(request_texts(triplets, seed=seed))
-        found["predicted parse"] = measure(encoder, triplets, [(m.add, m.remove) for m in read])
+        found[f"predicted parse, parser {fingerprint(PARSER)}"] = measure(encoder, triplets, [(m.add, m.remove) for m in read])
     return found
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from data.files import fingerprint
 from data.pictograms import NAMES
 from data.scenes import DEVELOPMENT, request_texts, retrieval_triplets
 from retrieval import train_encoder
@@ -177,7 +178,9 @@ def test_development_figures_read_the_requests_with_the_parser(tmp_path, monkeyp
         return [Modification() for _ in asked]
 
     monkeypatch.setattr(train_encoder, "parse", parse_nothing)
-    monkeypatch.setattr(train_encoder, "PARSER", tmp_path)
+    monkeypatch.setattr(train_encoder, "PARSER", tmp_path / "weights")
+    (tmp_path / "weights").write_text("some")
     found = development_figures(new_encoder(QUICK, seed=0)[0], queries=20, seed=4)
     assert texts == request_texts(retrieval_triplets(seed=4, queries=20), seed=4)
-    assert found["predicted parse"]["composed"] == found["true parse"]["query image alone"]  # nothing read, q stays
+    key = f"predicted parse, parser {fingerprint(tmp_path / 'weights')}"
+    assert found[key]["composed"] == found["true parse"]["query image alone"]  # nothing read, the query image stays
