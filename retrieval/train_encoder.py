@@ -151,7 +151,8 @@ def development_figures(encoder: Encoder, *, queries: int, seed: int = 0) -> dic
     found = {"true parse": measure(encoder, triplets)}
     if PARSER.is_file():
         read = parse(request_texts(triplets, seed=seed))
-        found[f"predicted parse, parser {fingerprint(PARSER)}"] = measure(encoder, triplets, [(m.add, m.remove) for m in read])
+        asked = [(change.add, change.remove) for change in read]
+        found[f"predicted parse, parser {fingerprint(PARSER)}"] = measure(encoder, triplets, asked)
     return found
 
 
@@ -250,7 +251,7 @@ def measure(encoder: Encoder, triplets: Sequence[Triplet],
     for kind in sorted({(len(t.add), len(t.remove)) for t in triplets}):
         of_kind = torch.tensor([(len(t.add), len(t.remove)) == kind for t in triplets])
         hits = (found["composed"] == truth)[of_kind]
-        percent[f"composed, {kind[0]} added {kind[1]} removed"] = 100 * hits.double().mean().item()
+        percent[f"composed, {kind[0]} added {kind[1]} removed (n {len(hits)})"] = 100 * hits.double().mean().item()
     return {name: round(value, 2) for name, value in percent.items()}
 
 
