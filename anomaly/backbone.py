@@ -35,6 +35,7 @@ class BackboneConfig:
     std: tuple[float, float, float]
     interpolation: str = "bilinear"
     final_norm: bool = True  # the net's last norm on every layer (DINO, DINOv2) or the raw stream (CLIP)
+    class_features: bool = True  # whether the class token was trained to tell images apart
     arguments: dict = field(default_factory=dict)  # further arguments of timm.create_model
 
     def __post_init__(self) -> None:

@@ -2,11 +2,12 @@
 
 Paper: Li et al., MuSc, ICLR 2024, arXiv:2401.16753; image score, degrees and windows as in the report of a contest
 entry. Stages: patch features, neighbourhoods (`lnamd`), mutual scores, image score, smoothing (`rscin`), maps.
-Departs from them: scores are scaled to [0, 1] over the category, as the contest asks.
+Departs from them: scores are scaled to [0, 1] over the category, as the contest asks; a net whose class token is not
+trained gives image scores without smoothing.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,13 +44,14 @@ class MuscConfig:
 class PatchScores:
     scores: Tensor  # (N, L) float32, higher = more anomalous
     grid: tuple[int, int]
-    classes: Tensor  # (N, C) class features, unit length
+    classes: Tensor | None  # (N, C) class features, unit length; None where the net has no trained ones
 
 
 def patch_scores(images: Tensor, backbone: Backbone, config: MuscConfig) -> PatchScores:
     """Mutual scores of all patches. images: (N, 3, H, W) uint8 of the backbone's input size, N >= 2."""
     expect(len(images) >= 2, "images", ">= 2 images of a category", len(images))
-    return feature_scores(extract(backbone, images), config)
+    found = feature_scores(extract(backbone, images), config)
+    return found if backbone.config.class_features else replace(found, classes=None)
 
 
 def feature_scores(features: Features, config: MuscConfig) -> PatchScores:
@@ -68,10 +70,13 @@ def category_scores(for_maps: PatchScores, for_images: PatchScores, config: Musc
                     small: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Image scores (N,) and maps (N, 1, 224, 224), both in [0, 1] over the category.
 
-    The two inputs may come from two backbones, or be the same. small: (N, 3, 224, 224) uint8 images, needed where
-    the config hides the background.
+    The two inputs may come from two backbones, or be the same. Without class features image scores are not
+    smoothed: by an untrained token, images would count as alike that are alike in nothing that matters.
+    small: (N, 3, 224, 224) uint8 images, needed where the config hides the background.
     """
-    images = smoothed_scores(image_scores(for_images.scores), for_images.classes, config.windows)
+    images = image_scores(for_images.scores)
+    if for_images.classes is not None:
+        images = smoothed_scores(images, for_images.classes, config.windows)
     maps = score_maps(for_maps.scores, for_maps.grid, SIDE)
     if config.foreground:
         expect(small is not None, "small", "images of the maps' size, to find the background", None)

@@ -1,4 +1,6 @@
 """The contest's function: shapes, range, order, small and bad sets; and that it finds defects."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,14 @@ def test_image_scores_are_smoothed_and_scaled_over_the_category():
     found, maps = category_scores(given, given, MuscConfig(windows=(1, 3)))
     torch.testing.assert_close(found, unit_range(image_scores(scores)))
     torch.testing.assert_close(maps[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]], unit_range_of(scores, maps))
+
+
+def test_an_untrained_class_token_smooths_nothing(tiny):
+    pictures = torch.randint(0, 256, (5, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    untrained = random_backbone(replace(TINY, class_features=False), seed=0)
+    found = patch_scores(pictures, untrained, MuscConfig())
+    assert found.classes is None and torch.equal(found.scores, patch_scores(pictures, tiny, MuscConfig()).scores)
+    torch.testing.assert_close(category_scores(found, found, MuscConfig())[0], unit_range(image_scores(found.scores)))
 
 
 def unit_range_of(scores, maps):
