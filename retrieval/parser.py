@@ -27,9 +27,12 @@ OUTSIDE = 0
 _EMBEDDED = Path(__file__).parent / "weights" / "parser"
 _BATCH = 256  # texts a forward pass; at 30 tokens well under 100 MB for the embedded size
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")  # letters and digits, or one mark
+_COMPOUND = re.compile(r"[^\W_]+(?:[-'][^\W_]+)+")
 # One character for one, so that offsets hold: apostrophes, quotes, dashes and the ellipsis as a keyboard has them.
 _PLAIN = str.maketrans("‘’‚‛ʼ`´′“”„‟«»″‐‑‒–—―−…", "''''''''\"\"\"\"\"\"\"-------.")
-_DETERMINERS = frozenset(("a", "an", "the", "my", "your", "our", "his", "her", "their", "its"))
+_DETERMINERS = frozenset(("a", "an", "the", "my", "your", "our", "his", "her", "their", "its", "some", "any", "this",
+                          "that", "these", "those", "another", "both", "every"))
+_LINKS = frozenset(("and", "or", "nor", "of", "with", "without", "for", "by", "to", "from", "into", "than", "instead"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Word:
     start: int
     end: int
     plain: str  # lower case, keyboard apostrophes and dashes
+    glued: bool = False  # to the word before, by a hyphen or apostrophe: `x-ray`, `chef's`
 
 
 def parse(texts: list[str]) -> list[Modification]:
@@ -100,7 +104,8 @@ class Parser:
         found = [Modification()] * len(texts)
         for start in range(0, len(order), batch):
             rows = order[start:start + batch]
-            paths = best_paths(*self.scores([encoded[i] for i in rows]))
+            scores, mask = self.scores([encoded[i] for i in rows])
+            paths = best_paths(scores, mask, glue([words[i] for i in rows], mask))
             for i, path in zip(rows, paths.tolist(), strict=True):
                 found[i] = modification(texts[i], words[i], path)
         return found
@@ -146,7 +151,8 @@ class Encoded:
 def split_words(text: str) -> list[Word]:
     """Words and marks of a text with their places in it. Every character keeps its place."""
     plain = "".join(low if len(low := char.lower()) == 1 else char for char in text.translate(_PLAIN))
-    return [Word(found.start(), found.end(), found[0]) for found in _WORD.finditer(plain)]
+    compound = {i for found in _COMPOUND.finditer(plain) for i in range(found.start() + 1, found.end())}
+    return [Word(found.start(), found.end(), found[0], found.start() in compound) for found in _WORD.finditer(plain)]
 
 
 def padded(encoded: list[Encoded], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,29 +178,46 @@ def word_scores(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return mean[:, :words].log_softmax(-1), count[:, :words] > 0
 
 
-def legal_steps(device: torch.device | None = None) -> Tensor:
-    """(6, 5) bool: may label j follow label i? Row 5 is the start. I-x follows only B-x and I-x."""
-    legal = torch.ones(6, 5, dtype=torch.bool, device=device)
+def glue(words: list[list[Word]], mask: Tensor) -> Tensor:
+    """Which words are glued to the one before: (B, W) bool, as `mask`."""
+    width = mask.shape[1]
+    rows = [[word.glued for word in row[:width]] + [False] * (width - len(row)) for row in words]
+    return torch.tensor(rows, device=mask.device)
+
+
+def legal_steps(device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """May label j follow label i? (6, 5) bool between words, row 5 the start; and (5, 5) within a glued compound.
+
+    I-x follows only B-x and I-x. B-x follows only O: between two names stands at least a comma. A compound is
+    inside one name or outside all.
+    """
+    legal = torch.zeros(6, 5, dtype=torch.bool, device=device)
+    legal[:, OUTSIDE] = True
+    within = torch.zeros(5, 5, dtype=torch.bool, device=device)
+    within[OUTSIDE, OUTSIDE] = True
     for side in ("add", "remove"):
-        inside = LABELS.index(f"I-{side}")
-        legal[:, inside] = False
-        legal[[LABELS.index(f"B-{side}"), inside], inside] = True
-    return legal
+        begin, inside = LABELS.index(f"B-{side}"), LABELS.index(f"I-{side}")
+        legal[[OUTSIDE, 5], begin] = True
+        legal[[begin, inside], inside] = True
+        within[[begin, inside], inside] = True
+    return legal, within
 
 
-def best_paths(scores: Tensor, mask: Tensor) -> Tensor:
+def best_paths(scores: Tensor, mask: Tensor, glued: Tensor) -> Tensor:
     """The label sequence of highest total score among the legal ones (Viterbi), for all texts at once.
 
-    scores: (B, W, 5) log-probabilities; mask: (B, W) bool, True for words. Returns (B, W) labels, O past the end.
+    scores: (B, W, 5) log-probabilities; mask: (B, W) bool, True for words; glued: (B, W) bool, True for a word that
+    belongs to the one before. Returns (B, W) labels, O past the end.
     """
     only_outside = scores.new_full((len(LABELS),), -torch.inf)
     only_outside[OUTSIDE] = 0
     scores = torch.where(mask[..., None], scores, only_outside)
-    step = scores.new_zeros(6, 5).masked_fill(~legal_steps(scores.device), -torch.inf)
+    step, within = (torch.where(legal, 0.0, -torch.inf).to(scores) for legal in legal_steps(scores.device))
     total = scores[:, 0] + step[5]
     came_from = []
     for t in range(1, scores.shape[1]):
-        best, origin = (total[:, :, None] + step[:5]).max(dim=1)  # (B, from, to) -> (B, to)
+        cost = torch.where(glued[:, t, None, None], within, step[:5])  # (B, from, to)
+        best, origin = (total[:, :, None] + cost).max(dim=1)  # -> (B, to)
         total = best + scores[:, t]
         came_from.append(origin)
     path = [total.argmax(dim=1)]
@@ -226,15 +249,16 @@ def _spans(path: list[int]) -> list[tuple[str, int, int]]:
 
 
 def trimmed(words: list[Word]) -> list[Word]:
-    """The words of a name without articles and possessives before it and marks around it.
+    """The words of a name without determiners before it and without marks, linking words and 's around it.
 
     A bracket stays where its partner is in the name: `lamp (small)`.
     """
     first, last = 0, len(words)
     inner = "".join(word.plain for word in words)
-    while first < last and (words[first].plain in _DETERMINERS or _is_mark(words[first].plain, inner)):
+    while first < last and (words[first].plain in _DETERMINERS | _LINKS or _is_mark(words[first].plain, inner)):
         first += 1
-    while first < last and _is_mark(words[last - 1].plain, inner):
+    while first < last and (words[last - 1].plain in _LINKS or _is_mark(words[last - 1].plain, inner)
+                            or [word.plain for word in words[last - 2:last]] == ["'", "s"]):
         last -= 1
     return words[first:last]
 

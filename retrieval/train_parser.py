@@ -1,7 +1,8 @@
 """Training of the request parser from scratch on sentences of the phrasebook.
 
-Fresh sentences at every step; in 30 % of them words of names and frames are made up and a tenth of the sub-words is
-masked, so that the model reads the wording around a name and not the name. AdamW with a cosine schedule.
+Fresh sentences at every step. In a share of them words of names and frames are made up, some known words fall into
+pieces and a tenth of the sub-words is masked, so that the model reads the wording around a name and not the name.
+Two stages, the second on stranger text; each AdamW with a cosine schedule.
 """
 from __future__ import annotations
 
@@ -11,20 +12,20 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.functional import nll_loss
 from transformers import DistilBertConfig
 
 from data.errors import expect
-from data.files import new_folder, write_json
+from data.files import new_folder, write_atomic, write_json
 from data.sentences import LabelledSentence, Span, labelled_sentences
 from retrieval.parser import (
     LABELS,
@@ -64,6 +65,16 @@ class ParserTrainingConfig:
     dropout: float = 0.1
     held_out: int = 2000  # sentences for each figure
 
+    late_steps: int = 800  # a second stage, with its own cosine, on stranger text
+    late_rate: float = 5e-4
+    late_strange: tuple[float, float] = (0.7, 0.3)  # `invented` and `parted` of the second stage
+
+    def late(self) -> ParserTrainingConfig:
+        """The second stage as a training of its own."""
+        invented, parted = self.late_strange
+        return replace(self, steps=self.late_steps, rate=self.late_rate, invented=invented, parted=parted,
+                       warm_up=min(self.warm_up, self.late_steps // 2))
+
     def __post_init__(self) -> None:
         expect(0 < self.warm_up < self.steps, "ParserTrainingConfig.warm_up", "in (0, steps)", self.warm_up)
         expect(self.width % self.heads == 0, "ParserTrainingConfig.width", "a multiple of heads", self.width)
@@ -80,19 +91,24 @@ def train(folder: Path, *, seed: int = 0, config: ParserTrainingConfig | None = 
     config, device = config or ParserTrainingConfig(), device or torch.device("cpu")
     start = time.perf_counter()
     parser = fit(config, seed=seed, device=device, progress=progress or (lambda line: None))
+    card = _card(parser, config, seed, round(time.perf_counter() - start))
+    _write(folder, parser, card)
+    return card
+
+
+def _card(parser: Parser, config: ParserTrainingConfig, seed: int, seconds: int) -> dict:
+    """What made the weights and what they reach. Rounds the weights as they are stored."""
     for tensor in parser.model.state_dict().values():
-        tensor.copy_(tensor.half())  # the figures are those of what is stored
-    card = {
-        "command": COMMAND, "seed": seed, "steps": config.steps, "seconds": round(time.perf_counter() - start),
+        tensor.copy_(tensor.half())
+    return {
+        "command": COMMAND, "seed": seed, "steps": config.steps + config.late_steps, "seconds": seconds,
         "figures": {split: figures(parser, config.held_out, split, seed=seed) for split in ("val", "test")},
         "trained_on": "sentences of data/phrases, split train, fresh at every step",
         "config": asdict(config), "parameters": sum(p.numel() for p in parser.model.parameters()),
-        "threads": torch.get_num_threads(), "device": device.type,
+        "threads": torch.get_num_threads(), "device": parser.model.device.type,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                      "tokenizers": tokenizers.__version__},
     }
-    _write(folder, parser, card)
-    return card
 
 
 def _write(folder: Path, parser: Parser, card: dict) -> None:
@@ -102,8 +118,8 @@ def _write(folder: Path, parser: Parser, card: dict) -> None:
     with new_folder(fresh) as scratch:
         write_json(scratch / "config.json", _plain_config(parser.model.config))
         parser.tokenizer.save(str(scratch / "tokenizer.json"))
-        save_file({name: tensor.half().cpu().contiguous() for name, tensor in parser.model.state_dict().items()},
-                  scratch / "model.safetensors")
+        tensors = {name: tensor.half().cpu().contiguous() for name, tensor in parser.model.state_dict().items()}
+        write_atomic(scratch / "model.safetensors", save(tensors))
         write_json(scratch / "card.json", card)
     if folder.exists():
         shutil.rmtree(folder)
@@ -209,7 +225,8 @@ def fit(config: ParserTrainingConfig, *, seed: int, device: torch.device, progre
     parser = Parser(new_model(_model_config(config, tokenizer), seed=seed).to(device), tokenizer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout knows only the global generator
-        _optimise(parser, config, generator, progress)
+        for stage in (config, config.late()):
+            _optimise(parser, stage, generator, progress)
     parser.model.eval()
     return parser
 

@@ -39,8 +39,8 @@ from retrieval.train_parser import (
 
 NONE, ADD_B, ADD_I, OUT_B, OUT_I = range(5)
 CPU = torch.device("cpu")
-TINY = ParserTrainingConfig(steps=3, warm_up=1, batch=4, vocabulary=400, corpus=300, width=16, layers=1,
-                            heads=2, held_out=20)
+TINY = ParserTrainingConfig(steps=3, late_steps=2, warm_up=1, batch=4, vocabulary=400, corpus=300,
+                            width=16, layers=1, heads=2, held_out=20)
 
 
 def seeded(seed=0):
@@ -66,29 +66,43 @@ def short(tiny, monkeypatch):
 
 # --- decoding
 
-def is_legal(path):
+def is_legal(path, glued=()):
+    """Written from the rules, label by label: names begin after O, go on on their side, and hold whole compounds."""
     before = (NONE, *path)
-    return all(not LABELS[label].startswith("I-") or LABELS[last][2:] == LABELS[label][2:]
-               for last, label in itertools.pairwise(before))
+    for i, (last, label) in enumerate(itertools.pairwise(before)):
+        name, side = LABELS[label][0], LABELS[label][2:]
+        if name == "I" and side != LABELS[last][2:]:
+            return False
+        if name == "B" and last != NONE:
+            return False
+        if i in glued and (label == NONE) != (last == NONE):
+            return False
+        if i in glued and name == "B":
+            return False
+    return True
 
 
-def by_hand(scores):
+def by_hand(scores, glued=()):
     """The best legal path of one text, by trying all of them."""
-    paths = [path for path in itertools.product(range(5), repeat=len(scores)) if is_legal(path)]
+    paths = [path for path in itertools.product(range(5), repeat=len(scores)) if is_legal(path, glued)]
     return max(paths, key=lambda path: sum(scores[i, label].item() for i, label in enumerate(path)))
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 5])
 def test_decoding_equals_brute_force_over_all_legal_paths(words):
     scores = (3 * torch.randn(12, words, 5, generator=seeded(words))).log_softmax(-1)
-    paths = best_paths(scores, torch.ones(12, words, dtype=torch.bool))
-    assert [tuple(path) for path in paths.tolist()] == [by_hand(row) for row in scores]
+    glued = torch.rand(12, words, generator=seeded(words)) < 0.4
+    glued[:, 0] = False
+    paths = best_paths(scores, torch.ones(12, words, dtype=torch.bool), glued)
+    assert [tuple(path) for path in paths.tolist()] == [
+        by_hand(row, set(own.nonzero().flatten().tolist())) for row, own in zip(scores, glued, strict=True)]
 
 
 def test_decoding_ignores_what_lies_behind_the_last_word():
     scores = (3 * torch.randn(8, 6, 5, generator=seeded())).log_softmax(-1)
     lengths = torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])
-    paths = best_paths(scores, torch.arange(6) < lengths[:, None])
+    mask = torch.arange(6) < lengths[:, None]
+    paths = best_paths(scores, mask, torch.zeros_like(mask))
     for row, path, length in zip(scores, paths.tolist(), lengths.tolist(), strict=True):
         assert path[length:] == [NONE] * (6 - length)
         assert tuple(path[:length]) == (by_hand(row[:length]) if length else ())
@@ -98,14 +112,24 @@ def test_a_name_has_one_side_even_where_a_word_says_otherwise():
     scores = torch.full((1, 3, 5), -5.0)
     scores[0, 0, ADD_B] = scores[0, 2, ADD_I] = -0.1
     scores[0, 1, OUT_I], scores[0, 1, ADD_I] = -0.1, -2.0
-    assert best_paths(scores, torch.ones(1, 3, dtype=torch.bool)).tolist() == [[ADD_B, ADD_I, ADD_I]]
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert best_paths(scores, mask, ~mask).tolist() == [[ADD_B, ADD_I, ADD_I]]
 
 
 def test_legal_steps():
-    legal = legal_steps()
+    legal, within = legal_steps()
     assert legal.shape == (6, 5)
-    assert [[LABELS[i] for i in range(5) if not legal[row, i]] for row in range(6)] == [
-        ["I-add", "I-remove"], ["I-remove"], ["I-remove"], ["I-add"], ["I-add"], ["I-add", "I-remove"]]
+    assert [[LABELS[i] for i in range(5) if legal[row, i]] for row in range(6)] == [
+        ["O", "B-add", "B-remove"], ["O", "I-add"], ["O", "I-add"], ["O", "I-remove"], ["O", "I-remove"],
+        ["O", "B-add", "B-remove"]]
+    assert [[LABELS[i] for i in range(5) if within[row, i]] for row in range(5)] == [
+        ["O"], ["I-add"], ["I-add"], ["I-remove"], ["I-remove"]]
+
+
+def test_compounds_are_glued():
+    text = "x-ray chef’s hat—'quoted' 12-inch, o'clock - no"
+    assert [word.plain for word in split_words(text) if word.glued] == [
+        "-", "ray", "'", "s", "-", "inch", "'", "clock"]
 
 
 def test_a_word_scores_the_mean_of_its_sub_words():
@@ -153,6 +177,7 @@ def test_articles_possessives_and_marks_are_trimmed():
     assert kept("lamp (small)") == "lamp ( small )"
     assert kept("lamp )") == "lamp"
     assert kept("the , a") == ""
+    assert kept("of red lamp’s and") == "red lamp"
 
 
 def test_reading_order_repeats_and_neighbours():
