@@ -49,6 +49,8 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     device = next(model.parameters()).device
     pixels = _read_transformed([paths[i] for i in used.tolist()], with_size(transformation, config.size),
                                generator=generator)
+    takes = getattr(model.conv1, "in_channels", pixels.shape[1])
+    expect(pixels.shape[1] == takes, folder, f"{takes} channels, as the model takes", pixels.shape[1])
     with torch.no_grad():
         features = torch.cat([split.stem(part.to(device)) for part in pixels.split(config.images)])
     margins = class_margins(split.trunk, features, places.to(device).split(config.images), config).cpu()
