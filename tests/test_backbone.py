@@ -210,13 +210,13 @@ def test_sets_of_textures_follow_their_seed_and_mark_what_changed():
 
     state = torch.get_rng_state()
     changed_pixels = 0
-    for seed in range(6):
+    for seed in range(3):
         pictures, changed = drawn(seed)
         assert pictures.shape == (5, 3, 64, 64) and pictures.min() >= 0 and pictures.max() <= 1
         assert not changed[:2].any()
         assert torch.equal(pictures, drawn(seed)[0]) and not torch.equal(pictures, drawn(seed + 100)[0])
         changed_pixels += int(changed.sum())
-    assert changed_pixels > 100 and torch.equal(torch.get_rng_state(), state)
+    assert changed_pixels > 50 and torch.equal(torch.get_rng_state(), state)
 
 
 def test_scores_in_training_are_the_mutual_scores():
