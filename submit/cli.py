@@ -85,7 +85,7 @@ def zoo_build(
     models: Annotated[int, typer.Option(help="Number of models, every second one backdoored.", min=2)] = 12,
     attacks: Annotated[str, typer.Option(help="Attacks, taken in turn, with commas between.")] = "badnets,blended",
     ratio: Annotated[float, typer.Option(help="Poisoned share of the training set.", min=0, max=1)] = 0.1,
-    epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 20,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 30,
     width: Annotated[int, typer.Option(help="Channels of the first stage (the contest's models: 64).", min=1)] = 8,
     seed: Seed = 0, device: Device = "auto", json: Json = False,
 ) -> None:

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from anomaly.score_files import read_scores, write_scores
 
+from anomaly.score_files import read_scores, write_scores
 from data.anomaly_tree import Category, check_category, pixel_truth, read_tree
 from data.errors import InputError, expect
 from submit.intervals import percentile_interval, resampled_metrics

@@ -11,14 +11,13 @@ from rich.table import Table
 from data.errors import InputError, expect
 from data.image_sets import ImageSet, read_digits, read_image_folder, read_mnist
 from data.model_zoo import ZooModel, load_model, read_zoo
-from data.victims import VictimConfig
-from data.zoo_building import ZooConfig, build_zoo
+from data.zoo_building import ZooConfig, build_zoo, narrow_victim
 from submit.tables import console
 
 
 def zoo_config(*, models: int, attacks: list[str], ratio: float, epochs: int, width: int, seed: int) -> ZooConfig:
     """The builder's config for networks whose stages are `width` times 1, 2, 4 and 8."""
-    victim = VictimConfig(widths=(width, 2 * width, 4 * width, 8 * width), epochs=epochs)
+    victim = replace(narrow_victim(), widths=(width, 2 * width, 4 * width, 8 * width), epochs=epochs)
     return ZooConfig(models=models, attacks=tuple(attacks), ratio=ratio, victim=victim, seed=seed)
 
 
