@@ -29,7 +29,7 @@ from anomaly.training_textures import texture_set
 from data.errors import expect
 from data.files import new_folder, write_json
 
-COMMAND = "python -m submit weights train backbone"
+COMMAND = "python -m submit weights train backbone --out FOLDER"
 SMALL = BackboneConfig(
     "vit_tiny_patch16_224", layers=(2, 4), size=(240, 240), mean=(0.5,) * 3, std=(0.25,) * 3,
     class_features=False,  # no loss reaches the class token

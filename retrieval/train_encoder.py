@@ -134,7 +134,7 @@ def finish(folder: Path, encoder: Encoder, model_cfg: dict, cfg: TrainingConfig,
     for weight in encoder.model.state_dict().values():
         if weight.is_floating_point():
             weight.copy_(weight.half())
-    card = {"command": "python -m submit weights train encoder --out NEW_FOLDER", "seed": seed, "steps": cfg.steps,
+    card = {"command": "python -m submit weights train encoder --out FOLDER", "seed": seed, "steps": cfg.steps,
             "seconds": round(seconds), "config": asdict(cfg),
             "figures": {"split": f"development, seed 0, {dev_queries} queries; top-1 in percent",
                         **development_figures(encoder, queries=dev_queries)},

@@ -2,7 +2,7 @@
 
 Fresh sentences at every step. In a share of them words of names and frames are made up, some known words fall into
 pieces and a tenth of the sub-words is masked, so that the model reads the wording around a name and not the name.
-Two stages, the second on stranger text; each AdamW with a cosine schedule.
+AdamW with a cosine schedule.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tokenizers
@@ -40,7 +40,7 @@ from retrieval.parser import (
     word_scores,
 )
 
-COMMAND = "python -m submit weights train parser"
+COMMAND = "python -m submit weights train parser --out FOLDER"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -48,14 +48,14 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 class ParserTrainingConfig:
     """Sizes and schedule. The defaults are the embedded weights."""
 
-    steps: int = 3000
+    steps: int = 5000
     batch: int = 64  # sentences a step
     rate: float = 1e-3  # highest learning rate, after the warm-up
     warm_up: int = 150  # steps
     weight_decay: float = 0.01
-    invented: float = 0.3  # share of names and frames with made-up words
+    invented: float = 0.6  # share of names and frames with made-up words
     masked: float = 0.1  # share of sub-words hidden from the model
-    parted: float = 0.15  # share of words that are split into short pieces, as words never seen are
+    parted: float = 0.25  # share of words that are split into short pieces, as words never seen are
     vocabulary: int = 5000  # word pieces
     corpus: int = 40_000  # sentences that the word pieces are chosen on
     width: int = 192
@@ -64,16 +64,6 @@ class ParserTrainingConfig:
     positions: int = 128  # longest text in sub-words
     dropout: float = 0.1
     held_out: int = 2000  # sentences for each figure
-
-    late_steps: int = 800  # a second stage, with its own cosine, on stranger text
-    late_rate: float = 5e-4
-    late_strange: tuple[float, float] = (0.7, 0.3)  # `invented` and `parted` of the second stage
-
-    def late(self) -> ParserTrainingConfig:
-        """The second stage as a training of its own."""
-        invented, parted = self.late_strange
-        return replace(self, steps=self.late_steps, rate=self.late_rate, invented=invented, parted=parted,
-                       warm_up=min(self.warm_up, self.late_steps // 2))
 
     def __post_init__(self) -> None:
         expect(0 < self.warm_up < self.steps, "ParserTrainingConfig.warm_up", "in (0, steps)", self.warm_up)
@@ -101,7 +91,7 @@ def _card(parser: Parser, config: ParserTrainingConfig, seed: int, seconds: int)
     for tensor in parser.model.state_dict().values():
         tensor.copy_(tensor.half())
     return {
-        "command": COMMAND, "seed": seed, "steps": config.steps + config.late_steps, "seconds": seconds,
+        "command": COMMAND, "seed": seed, "steps": config.steps, "seconds": seconds,
         "figures": {split: figures(parser, config.held_out, split, seed=seed) for split in ("val", "test")},
         "trained_on": "sentences of data/phrases, split train, fresh at every step",
         "config": asdict(config), "parameters": sum(p.numel() for p in parser.model.parameters()),
@@ -225,8 +215,7 @@ def fit(config: ParserTrainingConfig, *, seed: int, device: torch.device, progre
     parser = Parser(new_model(_model_config(config, tokenizer), seed=seed).to(device), tokenizer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout knows only the global generator
-        for stage in (config, config.late()):
-            _optimise(parser, stage, generator, progress)
+        _optimise(parser, config, generator, progress)
     parser.model.eval()
     return parser
 

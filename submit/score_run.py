@@ -68,7 +68,7 @@ def _predict(task: str, module: ModuleType, split: Split, units: Units, progress
         try:
             units.run(name, partial(module.predict, name, unit, units.folder))
         except InputError as problem:
-            failed[name] = problem
+            failed[name] = InputError(f"{name}: {problem}")
     progress(task, len(split.units), len(split.units))
     return failed
 

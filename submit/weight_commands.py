@@ -1,6 +1,7 @@
 """`weights train`: the scripts that made the embedded weights."""
 from __future__ import annotations
 
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,5 @@ def train(name: str, out: Path, *, seed: int) -> None:
     """Train `name` into the new folder `out`, progress on stderr, figures on stdout."""
     expect(not out.exists(), out, "a folder that does not exist yet", "one that does")
     card = import_module(TRAINERS[name]).train(out, seed=seed, progress=lambda line: print(line, file=sys.stderr))
-    for figure, value in card["figures"].items():
-        print(f"{figure}: {value}")
+    print(json.dumps(card["figures"], indent=1))
     print(f"weights: {out}")

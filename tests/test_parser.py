@@ -39,7 +39,7 @@ from retrieval.train_parser import (
 
 NONE, ADD_B, ADD_I, OUT_B, OUT_I = range(5)
 CPU = torch.device("cpu")
-TINY = ParserTrainingConfig(steps=3, late_steps=2, warm_up=1, batch=4, vocabulary=400, corpus=300,
+TINY = ParserTrainingConfig(steps=3, warm_up=1, batch=4, vocabulary=400, corpus=300,
                             width=16, layers=1, heads=2, held_out=20)
 
 
@@ -281,7 +281,7 @@ def test_training_writes_a_folder_that_loads_and_repeats(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
         "card.json", "config.json", "model.safetensors", "tokenizer.json"]
-    assert card["command"] == "python -m submit weights train parser"
+    assert card["command"] == "python -m submit weights train parser --out FOLDER"
     assert json.loads((tmp_path / "one" / "card.json").read_text())["figures"] == card["figures"]
     assert len(lines) == 0  # one line in a hundred steps
     train(tmp_path / "two", seed=4, config=TINY)

@@ -63,6 +63,6 @@ def test_weights_are_trained_into_a_new_folder(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(retrieval.train_parser, "train", train)
     status, out, err = run(capsys, "weights", "train", "parser", "--out", tmp_path / "new", "--seed", 3)
-    assert status == 0 and err == "step 1\n" and "exact match: 12.5\nseed: 3\n" in out
+    assert status == 0 and err == "step 1\n" and '"exact match": 12.5,\n "seed": 3\n' in out
     status, _, err = run(capsys, "weights", "train", "parser", "--out", tmp_path / "new")
     assert status == 2 and "new: expected a folder that does not exist yet, found one that does" in err
