@@ -4,7 +4,7 @@ import os
 # It must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from submit.cli import main  # noqa: E402
+from submit.cli import main
 
 if __name__ == "__main__":
     main()

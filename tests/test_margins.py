@@ -13,15 +13,6 @@ from data.preact_resnet import new_model
 NARROW = (2, 4, 4, 8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of tiny steps: on a busy machine threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def a_model(classes=4, seed=0):
     """Running statistics and norms differ from the initial ones, as in a trained network."""
     model = new_model(classes, NARROW, 3, seed=seed).train()

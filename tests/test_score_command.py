@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import anomaly.predict
 import numpy as np
 import pytest
+from PIL import Image
+
+import anomaly.predict
+import backdoor_detection.detection
 import retrieval.predict
 from anomaly.score_files import write_scores
 from data.anomaly_tree import read_tree
-from PIL import Image
-
-import backdoor_detection.detection
 from data.files import write_json
 from submit.cli import main
 from submit.dev_splits import DIGITS_ZOO

@@ -29,15 +29,6 @@ from retrieval.train_encoder import (
 QUICK = TrainingConfig(steps=3, families=2, family=(2, 2), checkpoint_every=1, width=16, text_width=32, text_layers=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These kernels are too small for two threads: waiting for each other takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def no_parser(monkeypatch, tmp_path):
     """These runs measure with the true parse only: the parser has tests of its own."""

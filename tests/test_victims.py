@@ -11,15 +11,6 @@ from data.victims import VictimConfig, attack_success, augment, clean_accuracy, 
 TINY = VictimConfig(widths=(2, 4, 4, 8), epochs=5, batch=16, rate=0.1, crop=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Hundreds of tiny steps: on a busy machine threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def easy_set(count=64, classes=2):
     """Class 0 is dark on the left, class 1 dark on the right, with some noise."""
     generator = torch.Generator().manual_seed(0)
