@@ -51,7 +51,7 @@ def _backbones(device: torch.device) -> tuple[Backbone, Backbone]:
 def _read(paths: list[Path | str], for_maps: Backbone, for_images: Backbone) -> dict[str, Tensor]:
     """Each file read once and kept in the sizes that are needed only: (N, 3, H, W) uint8 each."""
     def one(path: Path | str) -> dict[str, Tensor]:
-        image = read_rgb(path)
+        image = read_rgb(path, upright=False)  # as the organizers read it: masks belong to the stored pixels
         sizes = {"maps": for_maps.prepared(image)}
         if for_images is not for_maps:
             sizes["images"] = for_images.prepared(image)

@@ -83,7 +83,7 @@ def _load(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: expected a score file, found {error.strerror}") from None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise InputError(f"{path}: expected JSON, found {error}") from None
     expect(isinstance(record, dict), path, "a JSON object", type(record).__name__)
     return record
@@ -99,7 +99,7 @@ def _array(path: Path, record: dict, key: str, shape: tuple[int, ...]) -> np.nda
     expect(value["shape"] == list(shape), f"{where} shape", list(shape), value["shape"])
     try:
         array = np.array(value["__ndarray__"], dtype=value["dtype"]).reshape(value["shape"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{where}: expected numbers of shape {list(shape)}, found {error}") from None
     _check_range(path, key, array)
     return array

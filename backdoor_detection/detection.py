@@ -82,12 +82,22 @@ def with_size(transformation: Callable, size: int) -> Callable:
     return transformation
 
 
+def _transformed(path: Path, transformation: Callable) -> object:
+    """A given transform may fail in any way; it comes from a stranger."""
+    image = read_rgb(path)
+    try:
+        return transformation(image)
+    except Exception as error:
+        raise InputError(f"{path}: expected a transform that takes this image, "
+                         f"found {type(error).__name__}: {error}") from None
+
+
 def _read_transformed(paths: list[Path], transformation: Callable, *, generator: torch.Generator) -> Tensor:
     """(N, C, H, W) float: each image read as RGB and transformed once."""
     seed = int(torch.randint(1 << 31, (), generator=generator))
     with torch.random.fork_rng(devices=[]):  # a given transform may be random; it draws from the global generator
         torch.manual_seed(seed)
-        tensors = [transformation(read_rgb(path)) for path in paths]
+        tensors = [_transformed(path, transformation) for path in paths]
     for path, tensor in zip(paths, tensors, strict=True):
         if not (isinstance(tensor, Tensor) and tensor.ndim == 3):
             raise InputError(f"{path}: expected a transform that gives a (C, H, W) tensor, "

@@ -145,8 +145,8 @@ def check_category(category: Category) -> tuple[Category | None, tuple[InputErro
 
 
 def _check_image(image: AnomalyImage) -> None:
-    """Refuse an image or a mask that cannot be read, or a mask of another size than its upright image."""
-    size = read_rgb(image.path).size
+    """Refuse an image or a mask that cannot be read, or a mask of another size than its image, both as stored."""
+    size = read_rgb(image.path, upright=False).size
     if image.mask is not None:
         found = _open_mask(image.mask).size
         expect(found == size, image.mask, f"{size[0]}x{size[1]}, the size of {image.path.name}",

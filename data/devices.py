@@ -20,6 +20,6 @@ def chosen_device() -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    expect(device is not None, WHERE, "auto, cpu, cuda or cuda:N", name)
+    expect(device is not None and device.type in ("cpu", "cuda"), WHERE, "auto, cpu, cuda or cuda:N", name)
     expect(device.type != "cuda" or torch.cuda.is_available(), WHERE, "a device of this machine", name)
     return device

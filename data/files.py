@@ -19,10 +19,10 @@ from data.errors import expect
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` to `path`: all of it or nothing. A reader never sees a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         os.chmod(name, 0o644)  # mkstemp gives 0600; results are for everyone to read
         os.replace(name, path)
     except BaseException:

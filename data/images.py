@@ -16,8 +16,8 @@ from data.errors import InputError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 
 
-def read_rgb(path: Path | str) -> Image.Image:
-    """The image as RGB, upright (EXIF orientation applied), fully decoded.
+def read_rgb(path: Path | str, *, upright: bool = True) -> Image.Image:
+    """The image as RGB, fully decoded; EXIF orientation is applied unless `upright` is False.
 
     Gray, gray with alpha, RGBA, palette, 16-bit, 1-bit and CMYK images are converted: alpha is dropped
     (as the organizers' `convert("RGB")` does), 16-bit values keep their upper byte.
@@ -27,11 +27,10 @@ def read_rgb(path: Path | str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except FileNotFoundError:
         raise InputError(f"{path}: expected an image, found no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
+    except Exception as error:  # decoders of strangers' files fail in many ways: struct.error, RuntimeError, ...
         reason = str(error).replace(f" {str(path)!r}", "")
         raise InputError(f"{path}: expected a readable image, found {reason}") from None
 

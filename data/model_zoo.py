@@ -131,7 +131,10 @@ def _images_folder(root: Path, folder: Path, address: object) -> Path:
     expect(isinstance(address, (str, Path)) and str(address), where, "a folder's path", repr(address))
     last = re.split(r"[\\/]", str(address).rstrip("\\/"))[-1]
     for candidate in (Path(address), folder / address, root / address, folder / last, root / last):
-        resolved = candidate.resolve()
-        if resolved.is_dir() and resolved.is_relative_to(root.resolve()):
-            return candidate
+        try:
+            resolved = candidate.resolve()
+            if resolved.is_dir() and resolved.is_relative_to(root.resolve()):
+                return candidate
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long or with a NUL
+            continue
     raise InputError(f"{where}: expected an existing folder inside {root}, found {address}")

@@ -63,6 +63,9 @@ def _read_table(table: Path) -> pd.DataFrame:
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"{table}: expected a CSV file in UTF-8, found {str(error).strip()}") from None
     frame.columns = [str(name).strip() for name in frame.columns]
+    expect(frame.columns.is_unique, f"{table} header", "each column once", ", ".join(frame.columns))
+    expect(isinstance(frame.index, pd.RangeIndex), table, f"{len(frame.columns)} fields a row, as the header has",
+           "more (is there a comma in a text without quotes?)")
     missing = [name for name in COLUMNS if name not in frame.columns]
     expect(not missing, f"{table} header", f"the columns {', '.join(COLUMNS)}", ", ".join(frame.columns))
     frame = frame[list(COLUMNS)].fillna("")  # a short row leaves NaN behind
@@ -76,7 +79,9 @@ def _row_problems(frame: pd.DataFrame, table: Path, images: Path) -> dict[int, I
     names = pd.unique(frame[list(IMAGE_COLUMNS)].to_numpy().ravel())
     reasons = {name: reason for name in names if (reason := _name_problem(name, images))}
     found = find_unreadable(images / name for name in names if name not in reasons)
-    reasons |= {name: str(found[images / name]).split(": ", 1)[1] for name in names if images / name in found}
+    for name in names:
+        if (images / name) in found:
+            reasons[name] = str(found[images / name]).removeprefix(f"{images / name}: ")
     for column in IMAGE_COLUMNS:
         for row, name in frame[column].items():
             if name in reasons:
@@ -87,8 +92,9 @@ def _row_problems(frame: pd.DataFrame, table: Path, images: Path) -> dict[int, I
 def _name_problem(name: str, images: Path) -> str | None:
     if not name:
         return "expected an image name, found an empty cell"
-    if not (images / name).resolve().is_relative_to(images.resolve()):
-        return f"expected a name inside {images}, found a path that leads out of it"
-    if not (images / name).is_file():
-        return f"expected a file in {images}, found none"
-    return None
+    try:
+        if not (images / name).resolve().is_relative_to(images.resolve()):
+            return f"expected a name inside {images}, found a path that leads out of it"
+        return None if (images / name).is_file() else f"expected a file in {images}, found none"
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or with a NUL
+        return f"expected a file name, found {error}"

@@ -75,7 +75,7 @@ def _check_archive(path: Path) -> None:
         called = _called_by_pickle(path.read_bytes())
         expect(not called, path, ALLOWED_TEXT, called)
         raise InputError(f"{path}: expected a whole file written by torch.save, found a truncated or other file")
-    with zipfile.ZipFile(path) as archive:
+    with _reading(path, zipfile.ZipFile, path) as archive:
         packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     expect(not packed, path, "an uncompressed archive, as torch.save writes", f"compressed {packed[:1]}")
 

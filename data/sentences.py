@@ -9,7 +9,7 @@ import itertools
 import random
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +22,9 @@ ADD, REMOVE = "add", "remove"
 # (add, remove) -> weight; the shares of one, two and three names a side follow what free requests look like.
 COUNTS = {(1, 1): 50, (1, 2): 13, (2, 1): 13, (2, 2): 4, (3, 1): 2, (1, 3): 2, (3, 2): 1, (2, 3): 1, (3, 3): 1,
           (1, 0): 3, (0, 1): 3, (2, 0): 2, (0, 2): 2, (3, 0): 1, (0, 3): 1, (0, 0): 1}
+# More of what is rare above: else a parser learns that lists are split between the sides, "add a, b and c" included.
+EVEN_COUNTS = {(1, 1): 25, (1, 2): 12, (2, 1): 12, (2, 2): 6, (3, 1): 5, (1, 3): 5, (3, 2): 3, (2, 3): 3, (3, 3): 3,
+               (1, 0): 6, (0, 1): 6, (2, 0): 6, (0, 2): 6, (3, 0): 5, (0, 3): 5, (0, 0): 2}
 _LENGTHS = {1: 20, 2: 22, 3: 31, 4: 27}  # words in a name -> weight; the last stands for four and more
 _LEAD, _TAIL = 0.2, 0.15  # share of sentences with words before and after the request
 _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't you|why|what|how|should|shall|might|"
@@ -68,17 +71,17 @@ def labelled_sentence(add: Sequence[str], remove: Sequence[str], *, split: str,
     return _sentence(tuple(add), tuple(remove), split, _local(generator), strange=False)
 
 
-def labelled_sentences(n: int, split: str, *, generator: torch.Generator, invented: float = 0.0
-                       ) -> list[LabelledSentence]:
+def labelled_sentences(n: int, split: str, *, generator: torch.Generator, invented: float = 0.0,
+                       counts: Mapping[tuple[int, int], int] = COUNTS) -> list[LabelledSentence]:
     """n sentences about objects of the split; in a share of the names words are made up or mixed with another name's.
 
+    counts: (names to add, to remove) -> weight.
     With `invented` > 0 some words of the frames are made up too, so that not every unknown word is a name.
     """
     expect(0 <= invented <= 1, "invented", "a share in [0, 1]", invented)
     rng = _local(generator)
-    counts = rng.choices(list(COUNTS), list(COUNTS.values()), k=n)
     sentences = []
-    for p, m in counts:
+    for p, m in rng.choices(list(counts), list(counts.values()), k=n):
         names = _names(p + m, split, rng, invented)
         sentences.append(_sentence(names[:p], names[p:], split, rng, strange=rng.random() < invented))
     return sentences

@@ -19,7 +19,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
 from data import badnets, blended
-from data.errors import expect
+from data.errors import InputError, expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
 from data.image_sets import ImageSet
 from data.model_zoo import BACKDOORED, CLEAN, METADATA, MODEL, RECORDS
@@ -52,6 +52,7 @@ class ZooConfig:
         expect(self.attacks, "ZooConfig.attacks", "at least one", "none")
         for name in self.attacks:
             expect(name in ATTACKS, "ZooConfig.attacks", f"some of {', '.join(ATTACKS)}", name)
+        expect(0 < self.ratio <= 1, "ZooConfig.ratio", "in (0, 1]", self.ratio)
         for floor in (self.floor_accuracy, self.floor_success):
             expect(0 <= floor <= 1, "ZooConfig floors", "in [0, 1]", floor)
 
@@ -100,7 +101,11 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         expect(not folder.exists() or not any(folder.iterdir()), folder, "a new or empty folder",
                "other files in it")
         write_json(path, {"fingerprint": fingerprint(settings), "config": settings, "models": {}})
-    there = json.loads(path.read_text()).get("config", {})
+    try:
+        there = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}: expected the record of a zoo, found something else") from None
+    expect(isinstance(there, dict), path, "the record of a zoo", "something else")
     differing = sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key))
     expect(not differing, path, "the configuration it was begun with", f"another {', '.join(differing)}")
 

@@ -26,6 +26,7 @@ LABELS = ("O", "B-add", "I-add", "B-remove", "I-remove")
 OUTSIDE = 0
 _EMBEDDED = Path(__file__).parent / "weights" / "parser"
 _BATCH = 256  # texts a forward pass; at 30 tokens well under 100 MB for the embedded size
+_LONGEST_WORD = 100  # characters read of a word: splitting it takes time that grows with their square
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")  # letters and digits, or one mark
 _COMPOUND = re.compile(r"[^\W_]+(?:[-'][^\W_]+)+")
 # One character for one, so that offsets hold: apostrophes, quotes, dashes and the ellipsis as a keyboard has them.
@@ -112,7 +113,8 @@ class Parser:
 
     def encode(self, words: list[list[Word]]) -> list[Encoded]:
         """Sub-words of each text; one that is longer than the model's positions is cut after a whole word."""
-        batch = self.tokenizer.encode_batch([[word.plain for word in row] for row in words], is_pretokenized=True)
+        plain = [[word.plain[:_LONGEST_WORD] for word in row] for row in words]
+        batch = self.tokenizer.encode_batch(plain, is_pretokenized=True)
         encoded = []
         for row, item in enumerate(batch):
             encoded.append(Encoded(item.ids, [-1 if word is None else word for word in item.word_ids])

@@ -26,7 +26,7 @@ from transformers import DistilBertConfig
 
 from data.errors import expect
 from data.files import new_folder, write_atomic, write_json
-from data.sentences import LabelledSentence, Span, labelled_sentences
+from data.sentences import EVEN_COUNTS, LabelledSentence, Span, labelled_sentences
 from retrieval.parser import (
     LABELS,
     OUTSIDE,
@@ -194,7 +194,8 @@ def _batches(parser: Parser, config: ParserTrainingConfig, generator: torch.Gene
     """Endless batches of encoded sentences with labels; sentences of like length share one."""
     pool, splitting = 16, Parser(parser.model, splitting_tokenizer(parser.tokenizer))
     while True:
-        sentences = labelled_sentences(config.batch * pool, "train", generator=generator, invented=config.invented)
+        sentences = labelled_sentences(config.batch * pool, "train", generator=generator, invented=config.invented,
+                                       counts=EVEN_COUNTS)
         words = [split_words(sentence.text) for sentence in sentences]
         labels = [word_labels(row, sentence.spans) for row, sentence in zip(words, sentences, strict=True)]
         encoded = [mixed(whole, parted, (torch.rand(len(row), generator=generator) < config.parted).tolist())

@@ -43,6 +43,7 @@ def aupro(truth: np.ndarray, scores: np.ndarray) -> float | None:
 
 def region_curves(truth: np.ndarray, scores: np.ndarray) -> RegionCurves | None:
     """Overlap and false-positive counts of each image at each threshold; None for constant maps."""
+    scores = scores.astype(np.float64)
     low, high = scores.min(), scores.max()
     step = (high - low) / STEPS
     if step == 0 or not np.any(truth) or np.all(truth):
@@ -71,7 +72,9 @@ def _thresholds_below(scores: np.ndarray, thresholds: np.ndarray, step: float) -
     np.clip(count, 0, len(thresholds), out=count)
     for _ in range(3):
         count += scores > bounds[count]
-    return count
+    settled = (scores <= bounds[count]) & ((count == 0) | (scores > bounds[count - 1]))
+    # a range near the rounding of its values (never so in score files, which have four decimals) needs the search
+    return count if settled.all() else np.searchsorted(thresholds, scores, side="left")
 
 
 def _label_regions(truth: np.ndarray) -> tuple[np.ndarray, ...]:

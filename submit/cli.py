@@ -41,7 +41,7 @@ class Weights(str, Enum):
     backbone = "backbone"
 
 
-Seed = Annotated[int, typer.Option(help="Seed of the generated data and of every random draw.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of the generated data and of every random draw.", min=0, max=2**63 - 1)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 Runs = Annotated[Path, typer.Option(help="Folder for records and predictions.")]
@@ -84,7 +84,7 @@ def zoo_build(
     data: Annotated[Path | None, typer.Option(help="Folder of the image set (not for digits).")] = None,
     models: Annotated[int, typer.Option(help="Number of models, every second one backdoored.", min=2)] = 12,
     attacks: Annotated[str, typer.Option(help="Attacks, taken in turn, with commas between.")] = "badnets,blended",
-    ratio: Annotated[float, typer.Option(help="Poisoned share of the training set.", min=0, max=1)] = 0.1,
+    ratio: Annotated[float, typer.Option(help="Poisoned share of the training set.", min=0.0001, max=1)] = 0.1,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 30,
     width: Annotated[int, typer.Option(help="Channels of the first stage (the contest's models: 64).", min=1)] = 8,
     seed: Seed = 0, device: Device = "auto", json: Json = False,
@@ -119,6 +119,7 @@ def weights_train(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 something could not be scored, 2 bad input, 130 interrupted."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be what a terminal can show
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = app(arguments, standalone_mode=False)
@@ -156,9 +157,7 @@ def _new_run(runs: Path, name: str) -> Path:
     runs.mkdir(parents=True, exist_ok=True)
     if not os.access(runs, os.W_OK):
         raise InputError(f"{runs}: expected a folder to write to, found a read-only one")
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    taken = [path.name for path in runs.glob(f"{stamp}*")]
-    return runs / (f"{stamp}-{len(taken) + 1}" if taken else stamp)
+    return runs / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}-{name}"  # two runs may start in one second
 
 
 def _command() -> str:

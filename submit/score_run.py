@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -35,7 +36,7 @@ class Outcome:
     place: int | None
     dev: bool  # scored on the built-in split
     problems: tuple[InputError, ...]
-    fresh_predictions: Path | None
+    fresh: Units | None  # predictions of this run, still locked
 
 
 def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | None, seed: int, device: str,
@@ -46,18 +47,21 @@ def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | 
     start = time.perf_counter()
     split = module.read(folder)
     problems, saved_seconds = split.problems, 0.0
-    if predictions is None:
-        units = Units(_unfinished(task, runs, folder, device))
-        saved_seconds = sum(units.seconds.values())
-        failed = _predict(task, module, split, units, progress)
-        split = replace(split, units={name: unit for name, unit in split.units.items() if name not in failed})
-        problems += tuple(failed.values())
-        expect(split.units, folder, "at least one part that can be scored", next(iter(failed.values()), "none"))
-    result = module.evaluate(split, predictions or units.folder, seed)
+    units = None
+    with ExitStack() as stack:
+        if predictions is None:
+            units = Units(_unfinished(task, runs, folder, device))
+            stack.callback(units.close)
+            saved_seconds = sum(units.seconds.values())
+            failed = _predict(task, module, split, units, progress)
+            split = replace(split, units={name: unit for name, unit in split.units.items() if name not in failed})
+            problems += tuple(failed.values())
+            expect(split.units, folder, "at least one part that can be scored", next(iter(failed.values()), "none"))
+        result = module.evaluate(split, predictions or units.folder, seed)
+        stack.pop_all()  # stays locked until `finish_run` moves it
     seconds = time.perf_counter() - start + saved_seconds
     where = place(result.value, rules(task).leaderboard)
-    fresh = units.folder if predictions is None else None
-    return Outcome(task, result, seconds, where, data is None, problems + result.problems, fresh)
+    return Outcome(task, result, seconds, where, data is None, problems + result.problems, units)
 
 
 def _predict(task: str, module: ModuleType, split: Split, units: Units, progress: Progress) -> dict[str, InputError]:
@@ -75,19 +79,28 @@ def _predict(task: str, module: ModuleType, split: Split, units: Units, progress
 
 def _unfinished(task: str, runs: Path, data: Path, device: str) -> Path:
     """Where unfinished predictions of this very work lie: same input files, same code and weights, same device."""
-    inputs = [(str(p.relative_to(data)), p.stat().st_size, p.stat().st_mtime_ns)
-              for p in sorted(data.rglob("*")) if p.is_file()]
+    inputs = [(str(p.relative_to(data)), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(data)]
     packages = (ROOT / "data", ROOT / PACKAGES[task])
     code = [p for folder in packages for p in sorted(folder.glob("**/*")) if p.suffix in CODE]
     return runs / "unfinished" / f"{task}-{fingerprint(str(data.resolve()), inputs, device, *code)}"
 
 
+def _files(folder: Path) -> list[Path]:
+    """Every file below `folder`, through links too, each linked folder once."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders)
+                      if (real := os.path.realpath(os.path.join(parent, name))) not in seen and not seen.add(real)]
+        found += [path for name in names if (path := Path(parent, name)).is_file()]
+    return sorted(found)
+
+
 def finish_run(run: Path, outcomes: list[Outcome], *, command: str, seed: int, device: str) -> dict:
     """Move fresh predictions to `run/predictions`, write the organizers' result files and, last, the record."""
     for outcome in outcomes:
-        if outcome.fresh_predictions:
+        if outcome.fresh:
             (run / "predictions").mkdir(parents=True, exist_ok=True)
-            os.replace(outcome.fresh_predictions, run / "predictions" / outcome.task)
+            outcome.fresh.move(run / "predictions" / outcome.task)
         if outcome.task == "anomaly":
             write_results(run / "output", outcome.result.parts)
     record = {"command": command, "seed": seed, "device": device,

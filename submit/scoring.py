@@ -25,13 +25,15 @@ def best_matches(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
 
 
 def _check_embeddings(where: str, rows: np.ndarray) -> None:
-    expect(rows.ndim == 2 and len(rows) > 0, where, "shape (rows, width), rows > 0", rows.shape)
+    expect(rows.dtype.kind in "fiu", where, "real numbers", rows.dtype)
+    expect(rows.ndim == 2 and rows.size > 0, where, "shape (rows, width), rows > 0", rows.shape)
     expect(np.isfinite(rows).all(), where, "finite values", "NaN or infinity")
     expect(np.abs(rows).max(1).min() > 0, where, "no row of zeros (it has no direction)", "one")
 
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
     rows = rows.astype(np.float64)
+    rows = rows / np.abs(rows).max(1, keepdims=True)  # else squares of extreme values overflow or vanish
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 

@@ -21,7 +21,8 @@ DEV_NOTE = ("dev: built-in practice data, not the contest's; the place only show
 
 
 def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    # No markup: texts and names come from strangers and may hold brackets.
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -54,10 +55,10 @@ def print_outcomes(outcomes: list[Outcome], record: Path) -> None:
         out.print(DEV_NOTE, style="dim")
     for outcome in outcomes:
         for note in outcome.result.notes:
-            out.print(f"{outcome.task}: {note}", style="dim", markup=False)
+            out.print(f"{outcome.task}: {note}", style="dim")
         for problem in outcome.problems:
             print(f"left out: {problem}", file=sys.stderr)
-    out.print(f"record: {record}", style="dim", markup=False)
+    out.print(f"record: {record}", style="dim")
 
 
 def _summary(outcomes: list[Outcome]) -> Table:

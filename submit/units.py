@@ -2,11 +2,19 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
+from data.errors import InputError
 from data.files import write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; two equal runs at once then overwrite each other's equal files
+    fcntl = None
 
 LEDGER = "units.json"
 
@@ -16,8 +24,19 @@ class Units:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock = _locked(folder.with_suffix(".lock"))
         ledger = folder / LEDGER
         self.seconds: dict[str, float] = json.loads(ledger.read_text()) if ledger.exists() else {}
+
+    def move(self, target: Path) -> None:
+        """Give the finished work its place, and the name it was worked on under to others."""
+        os.replace(self.folder, target)
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
 
     def run(self, name: str, work: Callable[[], None]) -> None:
         """Do `work` unless `name` is finished. `work` writes its files before the ledger names it."""
@@ -27,3 +46,16 @@ class Units:
         work()
         self.seconds[name] = round(time.perf_counter() - start, 3)
         write_json(self.folder / LEDGER, self.seconds)
+
+
+def _locked(path: Path) -> IO:
+    """An open file that nobody else has locked; the lock ends when it is closed, at the latest with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path}: expected no other run on the same data, found one at work") from None
+    return file

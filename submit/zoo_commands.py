@@ -53,12 +53,17 @@ def inspect(folder: Path, *, as_json: bool) -> list[str]:
     elif rows:
         table = Table(*rows[0])
         for row in rows:
-            table.add_row(*(f"{100 * v:.2f}" if k in ("ACC", "ASR") and v is not None else "-" if v is None else str(v)
-                            for k, v in row.items()))
+            table.add_row(*(_cell(key, value) for key, value in row.items()))
         console().print(table)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     return problems
+
+
+def _cell(key: str, value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}" if key in ("ACC", "ASR") and isinstance(value, float) else str(value)
 
 
 def _row(model: ZooModel) -> dict:

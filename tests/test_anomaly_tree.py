@@ -133,11 +133,13 @@ def test_opening_finds_wrong_sizes_and_broken_files(root):
     assert all(isinstance(p, InputError) for p in problems) and len(problems) == 2
 
 
-def test_a_mask_is_compared_with_the_upright_image(root):
+def test_a_mask_belongs_to_the_pixels_as_stored(root):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
-    Image.new("L", (8, 12)).save(root / "pill/test/scratch/a.png", exif=exif)
+    exif[0x0112] = 6  # a camera's note to turn it; the organizers read the stored pixels, and so do the masks
+    Image.new("L", (12, 8)).save(root / "pill/test/scratch/a.png", exif=exif)
     assert check_category(only(root))[1] == ()
+    Image.new("L", (8, 12)).save(root / "pill/test/scratch/a.png", exif=exif)
+    assert "expected 8x12, the size of a.png, found 12x8" in str(check_category(only(root))[1][0])
 
 
 def test_nothing_left_is_none(root):

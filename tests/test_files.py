@@ -46,3 +46,8 @@ def test_fingerprint_depends_on_every_part(tmp_path):
     (tmp_path / "a").write_text("2")
     assert one != fingerprint("x", 1, tmp_path / "a")
     assert fingerprint("ab", "c") != fingerprint("a", "bc")
+
+
+def test_names_that_are_no_unicode_can_be_written(tmp_path):
+    write_json(tmp_path / "a.json", "/c\udcff")
+    assert json.loads((tmp_path / "a.json").read_text()) == "/c\udcff"

@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees to see it upright
     Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "a.png")), np.rot90(RGB, -1))
+    np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "a.png", upright=False)), RGB)
 
 
 def test_unreadable_files_are_named(tmp_path, refuses):
@@ -53,6 +55,13 @@ def test_unreadable_files_are_named(tmp_path, refuses):
         read_rgb(tmp_path / "none.png")
     found = find_unreadable(tmp_path.iterdir())
     assert sorted(p.name for p in found) == ["cut.png", "text.png"]
+
+
+def test_any_failure_of_a_decoder_is_one_line(tmp_path, refuses, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", lambda _: (_ for _ in ()).throw(struct.error("unpack requires 2 bytes")))
+    with refuses(r"a\.png: expected a readable image, found unpack requires 2 bytes"):
+        read_rgb(tmp_path / "a.png")
 
 
 def test_an_image_that_unpacks_to_gigabytes_is_refused(tmp_path, refuses, monkeypatch):

@@ -46,6 +46,10 @@ def test_bad_rows_are_named_and_the_others_stay(folder):
     (folder / "set.csv").write_text(ROWS + "cut.png,t,a.png\na.png,t,none.png\n../a.png,t,a.png\n,t,a.png\n")
     found = read_retrieval_set(folder)
     assert len(found.queries) == 2
+    (folder / "images" / "loop.png").symlink_to(folder / "images" / "loop.png")
+    with (folder / "set.csv").open("a") as table:
+        table.write(f"loop.png,t,a.png\n{'x' * 300}.png,t,a.png\n")
+    assert len(read_retrieval_set(folder).problems) == len(found.problems) + 2
     lines = [str(problem) for problem in found.problems]
     assert "set.csv row 4 'query_image' 'cut.png': expected a readable image, found" in lines[0]
     assert "set.csv row 5 'target_image' 'none.png': expected a file in" in lines[1]
@@ -72,6 +76,12 @@ def test_what_cannot_be_scored_at_all(folder, refuses):
         read_retrieval_set(folder)
     (folder / "set.csv").write_bytes(b"query_image,\xff\xfe\n")
     with refuses(r"set\.csv: expected a CSV file in UTF-8, found .*decode"):
+        read_retrieval_set(folder)
+    (folder / "set.csv").write_text(ROWS.splitlines()[0] + "\na.png,add cup, please,b.png\n")
+    with refuses(r"set\.csv: expected 3 fields a row, as the header has, found more"):
+        read_retrieval_set(folder)
+    (folder / "set.csv").write_text("query_image, query_image,query_text,target_image\na.png,a.png,t,b.png\n")
+    with refuses(r"set\.csv header: expected each column once, found query_image, query_image"):
         read_retrieval_set(folder)
     (folder / "set.csv").write_text(ROWS + "a,b,c,d,e\n")
     with refuses(r"set\.csv: expected a CSV file in UTF-8, found .*Expected 3 fields"):

@@ -14,9 +14,11 @@ import backdoor_detection.detection
 import retrieval.predict
 from anomaly.score_files import write_scores
 from data.anomaly_tree import read_tree
+from data.errors import InputError
 from data.files import write_json
 from submit.cli import main
 from submit.dev_splits import DIGITS_ZOO
+from submit.score_run import score_task
 
 CALLS: list[str] = []
 
@@ -259,6 +261,49 @@ def test_verdicts_on_models(capsys, tmp_path):
     assert f"{names[1]}.json: expected JSON, found" in err
 
 
+def test_a_verdict_cannot_bring_its_own_truth(capsys, tmp_path):
+    for model in DIGITS_ZOO.glob("0*"):
+        write_json(tmp_path / "mine" / f"{model.name}.json", {"backdoored": 1, "ground_truth": 0, "correct": True})
+    _, out, _ = run(capsys, "score", "backdoor", "--predictions", tmp_path / "mine", "--json")
+    assert json.loads(out)["results"][0]["value"] == 50
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"backdoored": 1, "p_value": NaN}', "'p_value': expected a finite number, found nan"),
+    ('{"backdoored": 1, "margins": "abc"}', "'margins': expected finite numbers, found abc"),
+    ("[" * 100_000, "expected JSON, found"), ("[1]", "'backdoored': expected 1"),
+])
+def test_malformed_verdicts_are_named(capsys, tmp_path, text, message):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for model in DIGITS_ZOO.glob("0*"):
+        (folder / f"{model.name}.json").write_text('{"backdoored": 1}')
+    (folder / "000.json").write_text(text)
+    status, _, err = run(capsys, "score", "backdoor", "--predictions", folder)
+    assert status == 1 and "000.json" in err and message in err and len(err.splitlines()) == 1
+
+
+def test_brackets_in_a_text_are_shown_as_they_are(capsys, scenes):
+    (scenes / "queries.csv").write_text("query_image,query_text,target_image\na.png,add [/red] [bold] cat,b.png\n"
+                                        "a.png,add pan,c.png\n")
+    status, out, _ = run(capsys, "score", "retrieval", "--data", scenes)
+    assert status == 0 and "add [/red] [bold] cat" in out
+
+
+def test_two_runs_on_the_same_data_do_not_meet(capsys, parts, monkeypatch, tmp_path):
+    quick = anomaly.predict.predict_category
+
+    def while_another_runs(paths):
+        with pytest.raises(InputError, match="expected no other run on the same data, found one at work"):
+            score_task("anomaly", Path("runs"), data=parts, predictions=None, seed=0, device="cpu",
+                       progress=lambda *_: None)
+        return quick(paths)
+
+    monkeypatch.setattr(anomaly.predict, "predict_category", while_another_runs)
+    status, _, err = run(capsys, "score", "anomaly", "--data", parts, "--device", "cpu")
+    assert (status, err) == (0, "")
+
+
 def test_all_takes_a_folder_per_task(capsys, parts, scenes, tmp_path):
     every = tmp_path / "every"
     shutil.copytree(parts, every / "anomaly")
@@ -275,6 +320,7 @@ def test_all_takes_a_folder_per_task(capsys, parts, scenes, tmp_path):
     (["score"], "Missing argument"), (["score", "foo"], "'foo' is not one of"), (["score", "all", "--bar"], "--bar"),
     (["foo"], "No such command"), (["score", "backdoor", "--seed", "-1"], "--seed"),
     (["score", "backdoor", "--device", "foo"], "--device ($KIT_DEVICE): expected auto, cpu, cuda or cuda:N, found foo"),
+    (["score", "backdoor", "--device", "meta"], "--device ($KIT_DEVICE): expected auto, cpu"),
     (["score", "backdoor", "--device", "cuda:9999"], "--device ($KIT_DEVICE)"),
 ])
 def test_wrong_usage_ends_in_one_line(capsys, arguments, message):

@@ -110,6 +110,14 @@ def test_threshold_counts_equal_searchsorted_on_the_thresholds_themselves(seed):
                                   np.searchsorted(thresholds, scores, side="left"))
 
 
+@pytest.mark.parametrize(("low", "width"), [(1e6, 1e-7), (0.5, 1e-13), (-3e8, 1e-5)])
+def test_threshold_counts_in_a_range_near_rounding(low, width):
+    scores = low + width * np.random.default_rng(0).random(5000)
+    thresholds = np.arange(scores.min(), scores.max(), np.ptp(scores) / 200)
+    np.testing.assert_array_equal(_thresholds_below(scores, thresholds, np.ptp(scores) / 200),
+                                  np.searchsorted(thresholds, scores, side="left"))
+
+
 def test_region_weights_equal_repeated_images():
     _, _, masks, maps = category(8)
     weights = np.array([0, 2, 1, 0, 3, 1, 1, 0, 2])
@@ -127,6 +135,9 @@ def test_retrieval_accuracy_by_hand(refuses):
     assert retrieval_accuracy(queries, database, [3, 1, 2, 0]) == 75.0
     with refuses(r"query embeddings: expected width 2, as the database has, found 3"):
         best_matches(np.ones((1, 3)), database)
+    assert best_matches(queries * 1e-200, database * 1e300).tolist() == [0, 1, 2, 0]
+    with refuses(r"query embeddings: expected real numbers, found <U1"):
+        best_matches(np.array([["a"]]), database)
     with refuses(r"query embeddings: expected finite values, found NaN or infinity"):
         best_matches(np.full((1, 2), np.nan), database)
     with refuses(r"database embeddings: expected shape \(rows, width\), rows > 0, found \(0, 2\)"):

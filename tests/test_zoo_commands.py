@@ -46,6 +46,7 @@ def test_a_strange_model_file_is_named_and_the_others_listed(capsys, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--set", "mnist"], "--data: expected the folder of the set 'mnist', found nothing"),
     (["--attacks", "badnets,foo"], "expected some of badnets, blended, found foo"),
+    (["--ratio", "0"], "Invalid value for '--ratio'"), (["--seed", "9" * 30], "Invalid value for '--seed'"),
     (["--models", "3"], "expected an even number >= 2, found 3"),
     (["--set", "mine", "--data", "nowhere"], "nowhere"),
 ])
