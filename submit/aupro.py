@@ -68,18 +68,21 @@ def _thresholds_below(scores: np.ndarray, thresholds: np.ndarray, step: float) -
     Division places a score to within one interval (rounding); comparing with the thresholds settles it.
     """
     bounds = np.append(thresholds, np.inf)
-    count = ((scores - thresholds[0]) * (1 / step)).astype(np.int64) - 1
+    count = ((scores - thresholds[0]) * (1 / step)).astype(np.int32) - 1
     np.clip(count, 0, len(thresholds), out=count)
-    for _ in range(3):
-        count += scores > bounds[count]
-    settled = (scores <= bounds[count]) & ((count == 0) | (scores > bounds[count - 1]))
+    above = scores > bounds[count]
+    stuck = ~above & (count > 0)  # where division may have gone too far
+    settled = (scores[stuck] > bounds[count[stuck] - 1]).all()
+    for _ in range(2):
+        count += above
+        above = scores > bounds[count]
     # a range near the rounding of its values (never so in score files, which have four decimals) needs the search
-    return count if settled.all() else np.searchsorted(thresholds, scores, side="left")
+    return count if settled and not above.any() else np.searchsorted(thresholds, scores, side="left")
 
 
 def _label_regions(truth: np.ndarray) -> tuple[np.ndarray, ...]:
     """8-connected regions over all masks: labels (N, H*W) from 1, areas (regions,), owning image (regions,)."""
-    labels = np.zeros(truth.shape, dtype=np.int64)
+    labels = np.zeros(truth.shape, dtype=np.int32)
     owner: list[int] = []
     for i in np.flatnonzero(truth.any(axis=(1, 2))):
         found, count = ndimage.label(truth[i], structure=EIGHT_NEIGHBOURS)

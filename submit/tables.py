@@ -83,7 +83,7 @@ def _category_table(parts: list[dict]) -> Table:
     names = (*IMAGE_METRICS, *PIXEL_METRICS)
     table = Table("category", "images")
     for name in (*names, "score"):
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right")
     for part in parts:
         cells = [f"{part[name]:.1f}" if name in part else "-" for name in (*names, "leaderboard_score")]
         table.add_row(part["category"], str(part["images"]), *cells)
