@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -64,14 +65,17 @@ def score(
     device = _use_device(device)
     run = _new_run(runs, f"score-{task.value}")
     tasks = TASKS if task is Task.all else (task.value,)
-    outcomes = []
-    with unit_progress() as progress:
+    with ExitStack() as stack:
+        progress, outcomes = stack.enter_context(unit_progress()), []
         for name in tasks:
-            inside = name if task is Task.all else ""
-            outcomes.append(score_task(
-                name, runs, data=data and data / inside, predictions=predictions and predictions / inside,
-                seed=seed, device=device, progress=progress))
-    record = finish_run(run, outcomes, command=_command(), seed=seed, device=device)
+            inside = Path(name if task is Task.all else "")
+            outcome = score_task(name, runs, data=data and data / inside,
+                                 predictions=predictions and predictions / inside,
+                                 seed=seed, device=device, progress=progress)
+            if outcome.fresh:
+                stack.callback(outcome.fresh.close)
+            outcomes.append(outcome)
+        record = finish_run(run, outcomes, command=_command(), seed=seed, device=device)
     print_record(record) if json else print_outcomes(outcomes, run / "record.json")
     raise typer.Exit(1 if any(outcome.problems for outcome in outcomes) else 0)
 

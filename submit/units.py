@@ -35,6 +35,8 @@ class Units:
 
     def close(self) -> None:
         """Let other runs have the folder."""
+        if self._lock.closed:
+            return
         Path(self._lock.name).unlink(missing_ok=True)
         self._lock.close()
 
