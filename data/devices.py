@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from data.errors import expect
+
+if TYPE_CHECKING:
+    import torch
 
 VARIABLE = "KIT_DEVICE"  # set by `python -m submit ... --device`
 WHERE = f"--device (${VARIABLE})"
@@ -13,6 +15,8 @@ WHERE = f"--device (${VARIABLE})"
 
 def chosen_device() -> torch.device:
     """$KIT_DEVICE if set and not "auto"; else CUDA where there is one; else the CPU."""
+    import torch  # takes more than a second, which `--help` need not wait for
+
     name = os.environ.get(VARIABLE, "auto")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
