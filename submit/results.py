@@ -14,6 +14,7 @@ class Split:
     data: Any
     units: dict[str, Any]
     problems: tuple[InputError, ...] = ()
+    indivisible: bool = False  # without any one unit nothing can be scored
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | 
             stack.callback(units.close)
             saved_seconds = sum(units.seconds.values())
             failed = _predict(task, module, split, units, progress)
+            if failed and split.indivisible:
+                raise next(iter(failed.values()))
             split = replace(split, units={name: unit for name, unit in split.units.items() if name not in failed})
             problems += tuple(failed.values())
             expect(split.units, folder, "at least one part that can be scored", next(iter(failed.values()), "none"))

@@ -68,9 +68,10 @@ def _evidence(file: Path, found: dict) -> dict:
     """What a verdict may add: p_value (number), suspect (class) and margins (numbers), each checked."""
     values = {key: found[key] for key in ("p_value", "suspect", "margins") if key in found}
     for key, value in values.items():
-        numbers = value if key == "margins" and isinstance(value, list) else [value]
-        expect(all(type(n) in (int, float) and math.isfinite(n) for n in numbers), f"{file} '{key}'",
-               "finite numbers" if key == "margins" else "a finite number", str(value)[:60])
+        many = key == "margins"
+        numbers = value if many else [value]
+        expect(isinstance(numbers, list) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers),
+               f"{file} '{key}'", "finite numbers" if many else "a finite number", str(value)[:60])
     return values
 
 

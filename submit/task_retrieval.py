@@ -24,7 +24,7 @@ def read(folder: Path) -> Split:
     for side, frame in zip(SIDES, (found.queries, found.database), strict=True):
         for start in range(0, len(frame), SHARD):
             units[f"{side}-{start:06d}"] = frame.iloc[start:start + SHARD]
-    return Split(found, units, found.problems)
+    return Split(found, units, found.problems, indivisible=True)
 
 
 def predict(name: str, frame: pd.DataFrame, folder: Path) -> None:

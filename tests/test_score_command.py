@@ -106,6 +106,15 @@ def test_retrieval_is_predicted_scored_and_recorded(capsys, scenes, tmp_path):
     assert not list((tmp_path / "runs" / "unfinished").iterdir())  # finished work is not found again by surprise
 
 
+def test_a_shard_that_cannot_be_encoded_says_why(capsys, scenes, monkeypatch):
+    def refuse(df):
+        raise InputError("row 2 'query_image' a.png: expected sides, found a line")
+
+    monkeypatch.setattr(retrieval.predict, "encode_queries", refuse)
+    status, out, err = run(capsys, "score", "retrieval", "--data", scenes)
+    assert (status, out) == (2, "") and "row 2 'query_image' a.png: expected sides, found a line" in err
+
+
 def test_existing_predictions_are_scored_without_predicting(capsys, scenes, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -271,6 +280,7 @@ def test_a_verdict_cannot_bring_its_own_truth(capsys, tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ('{"backdoored": 1, "p_value": NaN}', "'p_value': expected a finite number, found nan"),
     ('{"backdoored": 1, "margins": "abc"}', "'margins': expected finite numbers, found abc"),
+    ('{"backdoored": 1, "margins": 5}', "'margins': expected finite numbers, found 5"),
     ("[" * 100_000, "expected JSON, found"), ("[1]", "'backdoored': expected 1"),
 ])
 def test_malformed_verdicts_are_named(capsys, tmp_path, text, message):
