@@ -1,12 +1,13 @@
 """Training sets in which a share of the images carries a trigger and the attacker's label (all-to-one).
 
-An attack is one module with a frozen config and two functions: `apply_trigger(images, config)`, used alike
-for training and at test time, and `poison(clean, config, *, ratio, target, seed)`, which returns a PoisonedSet.
+An attack is one module with a frozen config and a function `poison(clean, config, *, ratio, target, seed)`,
+which returns a PoisonedSet. The trigger applied to an image at test time is the code that made the set; it
+maps every image by itself, so it does not matter which others are in the batch.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ class PoisonedSet:
     """A poisoned training set and how it came about.
 
     images: (N, C, H, W) uint8; labels: (N,) int64; poisoned: (P,) int64, ascending positions of the
-    triggered images. trigger: what the attacker does to an image at test time, uint8 to uint8.
+    triggered images that have the attacker's label. decoys: (D,) int64, ascending, none of them poisoned:
+    images that an attack altered without changing the label, so that only its exact trigger works.
+    trigger: what the attacker does to an image at test time, (N, C, H, W) uint8 to the same.
     """
 
     images: Tensor
@@ -33,6 +36,37 @@ class PoisonedSet:
     target: int
     seed: int
     trigger: Callable[[Tensor], Tensor]
+    decoys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+def draw_positions(clean: ImageSet, among: Tensor, ratio: float, target: int, *, seed: int) -> Tensor:
+    """round(ratio * N) of the (M,) positions `among`, drawn without replacement, in random order.
+
+    ratio: share of the whole training set of N images, in (0, 1]; more than `among` has is refused.
+    """
+    expect(0 < ratio <= 1, "ratio", "in (0, 1]", ratio)
+    expect(0 <= target < clean.num_classes, "target", f"in [0, {clean.num_classes})", target)
+    count = round(ratio * len(clean.images))
+    expect(count > 0, "ratio", f"at least one of {len(clean.images)} images", ratio)
+    expect(count <= len(among), "ratio", f"at most the {len(among)} images that the attack may alter", count)
+    order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))
+    return among[order[:count].to(among.device)]
+
+
+def poison_target_class(clean: ImageSet, trigger: Callable[[Tensor], Tensor], attack: str,
+                        parameters: dict[str, Any], *, ratio: float, target: int, seed: int) -> PoisonedSet:
+    """Label-consistent: trigger images of the class `target` only; no label changes.
+
+    ratio: share of the whole training set; where the class is smaller than that, all of it is triggered.
+    """
+    own = (clean.labels == target).nonzero()[:, 0]
+    expect(len(own) > 0, "target", "a class with images", target)
+    share = min(ratio, len(own) / len(clean.images)) if ratio > 0 else ratio
+    poisoned = draw_positions(clean, own, share, target, seed=seed).sort().values
+    images = clean.images.clone()
+    images[poisoned] = trigger(images[poisoned])
+    return PoisonedSet(images, clean.labels.clone(), poisoned, clean.num_classes, attack, parameters, target, seed,
+                       trigger)
 
 
 def poison_any_class(clean: ImageSet, trigger: Callable[[Tensor], Tensor], attack: str,
@@ -41,12 +75,8 @@ def poison_any_class(clean: ImageSet, trigger: Callable[[Tensor], Tensor], attac
 
     ratio: share of the whole training set, in (0, 1].
     """
-    expect(0 < ratio <= 1, "ratio", "in (0, 1]", ratio)
-    expect(0 <= target < clean.num_classes, "target", f"in [0, {clean.num_classes})", target)
-    count = round(ratio * len(clean.images))
-    expect(count > 0, "ratio", f"at least one of {len(clean.images)} images", ratio)
-    order = torch.randperm(len(clean.images), generator=torch.Generator().manual_seed(seed))
-    poisoned = order[:count].sort().values.to(clean.images.device)
+    everywhere = torch.arange(len(clean.images), device=clean.images.device)
+    poisoned = draw_positions(clean, everywhere, ratio, target, seed=seed).sort().values
     images, labels = clean.images.clone(), clean.labels.clone()
     images[poisoned] = trigger(images[poisoned])
     labels[poisoned] = target
