@@ -9,14 +9,12 @@ the relative stop multiplies instead of dividing by a loss that may be 0.
 """
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data.errors import expect
 
@@ -51,27 +49,6 @@ def rates(config: ReportConfig) -> list[float]:
     rest = config.steps - config.warm_up
     return rising + [config.final + (config.peak - config.final) * (1 + math.cos(math.pi * s / rest)) / 2
                      for s in range(rest)]
-
-
-class SplitModel:
-    """A frozen copy of a PreActResNet18, cut after its first block; the caller's model stays as it is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        for name in ("conv1", "layer1", "layer2", "layer3", "layer4", "avgpool", "linear"):
-            expect(hasattr(model, name), "model", f"a PreActResNet18 with {name!r}", type(model).__name__)
-        net = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        for block in net.modules():
-            _fold_second_norm(block)
-        self.stem = nn.Sequential(net.conv1, net.layer1[0])
-        self.trunk = nn.Sequential(net.layer1[1:], net.layer2, net.layer3, net.layer4, net.avgpool,
-                                   nn.Flatten(), net.linear)
-
-
-def _fold_second_norm(block: nn.Module) -> None:
-    """bn2 into the convolution before it: the same function, one pass over the features less."""
-    conv, norm = getattr(block, "conv1", None), getattr(block, "bn2", None)
-    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-        block.conv1, block.bn2 = fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
 def class_margins(trunk: nn.Module, features: Tensor, draws: Sequence[Tensor], config: ReportConfig) -> Tensor:

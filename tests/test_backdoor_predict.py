@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from backdoor_detection import detection, predict
-from backdoor_detection.detection import Detection, detect, draw_images, with_size
+from backdoor_detection.detection import Detection, detect
 from backdoor_detection.margins import ReportConfig
 from backdoor_detection.outlier import outlier_p_value
 from backdoor_detection.predict import backdoor_model_detector
@@ -90,28 +90,13 @@ def test_the_callers_model_and_transform_stay(images):
     assert str(resize) == shown
 
 
-def test_every_resize_is_set_and_nothing_else():
-    bicubic = transforms.InterpolationMode.BICUBIC
-    inner = transforms.Compose([transforms.Resize(224, bicubic), transforms.ToTensor()])
-    found = with_size(transforms.Compose([inner, transforms.Resize((9, 7))]), 128)
-    first, second = found.transforms[0].transforms[0], found.transforms[1]
-    assert first.size == second.size == (128, 128) and first.interpolation == bicubic
-    assert inner.transforms[0].size == 224
-    assert with_size(inner.transforms[1], 128) is inner.transforms[1]
-
-
-@pytest.mark.parametrize("available, count, distinct", [(30, 30, 30), (50, 30, 30), (1, 30, 1)])
-def test_draws_repeat_only_where_images_are_few(available, count, distinct):
-    drawn = draw_images(available, count, generator=torch.Generator().manual_seed(0))
-    assert len(drawn) == count and drawn.min() >= 0 and drawn.max() < available
-    assert len(drawn.unique()) == distinct
-
-
 def test_one_image_and_greyscale_images_do(tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "0_1.png")
     assert judged(a_model(), tmp_path).margins.isfinite().all()
     grey = transforms.Compose([transforms.Grayscale(), transforms.ToTensor()])
     assert judged(a_model(channels=1), tmp_path, grey).margins.isfinite().all()
+    assert judged(a_model(channels=1), tmp_path).margins.isfinite().all()
+    assert judged(a_model(), tmp_path, grey).margins.isfinite().all()
 
 
 def test_wrong_input_is_named(images, tmp_path, refuses):
@@ -127,14 +112,13 @@ def test_wrong_input_is_named(images, tmp_path, refuses):
         judged(nn.Linear(2, 4), images)
     with refuses(r"expected a transform that gives a \(C, H, W\) tensor, found Image"):
         judged(a_model(), images, transforms.Compose([]))
-    with refuses(r"expected 1 channels, as the model takes, found 3"):
-        judged(a_model(channels=1), images)
+    with refuses(r"expected 2 channels, as the model takes, found 3"):
+        judged(a_model(channels=2), images)
 
 
-def test_unequal_and_unreadable_images_are_named(images, refuses):
+def test_unequal_images_do_and_unreadable_ones_are_named(images, refuses):
     Image.new("RGB", (6, 8)).save(images / "9_0.png")
-    with refuses(r"9_0\.png: expected shape \(3, 8, 8\) after the transform, found \(3, 8, 6\)"):
-        judged(a_model(), images, config=ReportConfig(images=6, steps=2, warm_up=1))
+    assert judged(a_model(), images, config=ReportConfig(images=6, steps=2, warm_up=1)).margins.isfinite().all()
     (images / "9_0.png").write_bytes(b"no image")
     with refuses(r"9_0\.png: expected a readable image"):
         judged(a_model(), images, config=ReportConfig(images=6, steps=2, warm_up=1))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from backdoor_detection.margins import ReportConfig, SplitModel, class_margins, rates, sign_step
+from backdoor_detection.margins import ReportConfig, class_margins, rates, sign_step
+from backdoor_detection.split_model import SplitModel
 from data.preact_resnet import new_model
 
 NARROW = (2, 4, 4, 8)
