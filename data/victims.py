@@ -2,7 +2,8 @@
 
 The set lies on the training device as uint8; a batch is an index, a random crop (4 pixels of black around
 the image) and, where mirrored images keep their class, a flip. SGD with momentum, cosine schedule to zero,
-the last epoch's weights: nothing is selected on test data.
+the last epoch's weights: nothing is selected on test data. With a `radius` every batch is first moved to where
+its loss is largest (projected gradient ascent; Madry et al., ICLR 2018, arXiv:1706.06083, Eq. 2.1).
 """
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from data.image_sets import ImageSet
 from data.preact_resnet import new_model
 
 EVALUATION_BATCH = 512
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class VictimConfig:
     decay: float = 5e-4        # weight decay
     crop: int = 4              # pixels of black around the image before the random crop
     flip: bool = False         # mirror left and right: for objects, never for digits and signs
+    radius: float = 0.0        # of adversarial training: largest change of a pixel, grey levels; 0 = ordinary
+    ascents: int = 5           # its gradient steps a batch, each of 2.5 * radius / ascents
+    precision: str = "auto"    # float32, bfloat16 (autocast), or auto: bfloat16 on a GPU, else float32
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of the normalisation, in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -38,6 +43,10 @@ class VictimConfig:
                (self.epochs, self.batch))
         expect(self.rate > 0, "VictimConfig.rate", "> 0", self.rate)
         expect(self.crop >= 0, "VictimConfig.crop", ">= 0 pixels", self.crop)
+        expect(self.radius >= 0 and self.ascents > 0, "VictimConfig radius, ascents", ">= 0, > 0",
+               (self.radius, self.ascents))
+        expect(self.precision in PRECISIONS, "VictimConfig.precision", f"one of {', '.join(PRECISIONS)}",
+               self.precision)
         expect(len(self.mean) == len(self.std) and min(self.std) > 0, "VictimConfig mean, std",
                "one each a channel, std > 0", (self.mean, self.std))
 
@@ -60,8 +69,10 @@ def train_victim(images: Tensor, labels: Tensor, num_classes: int, config: Victi
         order = torch.randperm(len(images), generator=generator).to(images.device)
         total = torch.zeros((), device=images.device)
         for index in order[:batches * config.batch].chunk(batches):
-            x = normalise(augment(images[index], config, generator=generator), config)
-            loss = cross_entropy(model(x), labels[index])
+            x = augment(images[index], config, generator=generator)
+            if config.radius:
+                x = hardened(model, x, labels[index], config, generator=generator)
+            loss = _loss(model, x, labels[index], config)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -70,6 +81,34 @@ def train_victim(images: Tensor, labels: Tensor, num_classes: int, config: Victi
         if progress:
             progress(f"epoch {epoch + 1}/{config.epochs}: loss {total.item() / batches:.4f}")
     return model.eval()
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, config: VictimConfig) -> Tensor:
+    wanted = config.precision
+    half = wanted == "bfloat16" or (wanted == "auto" and images.device.type == "cuda")
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        logits = model(normalise(images, config))
+    return cross_entropy(logits.float(), labels)
+
+
+def hardened(model: nn.Module, images: Tensor, labels: Tensor, config: VictimConfig, *,
+             generator: torch.Generator) -> Tensor:
+    """(B, C, H, W) float in [0, 255]: each image moved within `radius` to where its loss is largest.
+
+    Random start, `ascents` sign steps, projected onto the cube around the image and onto the grey levels. The
+    model works with its running statistics and is in training mode again afterwards.
+    """
+    centre = images.float()
+    start = 2 * torch.rand(images.shape, generator=generator) - 1  # drawn on the CPU: every device draws the same
+    moved = (centre + config.radius * start.to(images.device)).clamp(0, 255)
+    model.eval()
+    for _ in range(config.ascents):
+        moved.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(_loss(model, moved, labels, config), moved)
+        moved = moved.detach() + 2.5 * config.radius / config.ascents * gradient.sign()
+        moved = torch.minimum(torch.maximum(moved, centre - config.radius), centre + config.radius).clamp(0, 255)
+    model.train()
+    return moved.detach()
 
 
 def augment(images: Tensor, config: VictimConfig, *, generator: torch.Generator) -> Tensor:
@@ -88,7 +127,7 @@ def augment(images: Tensor, config: VictimConfig, *, generator: torch.Generator)
 
 
 def normalise(images: Tensor, config: VictimConfig) -> Tensor:
-    """uint8 to float, as ToTensor and Normalize do: (images / 255 - mean) / std; channels last."""
+    """Grey levels to float, as ToTensor and Normalize do: (images / 255 - mean) / std; channels last."""
     mean = torch.tensor(config.mean, device=images.device)[:, None, None]
     std = torch.tensor(config.std, device=images.device)[:, None, None]
     x = images.float().contiguous(memory_format=torch.channels_last)

@@ -1,145 +1,155 @@
 """Training a zoo of clean and backdoored models in the layout of the backdoor task.
 
-Every finished model is a folder that appears whole; a second call goes on where the first one ended. Beside
-the organizers' files lie `record.json` in each sample and `zoo.json`, which gathers them.
+Every finished model is a folder that appears whole; a second call goes on where the first one ended, and a
+recipe that has grown adds its new models. Beside the organizers' files lie `record.json` in each sample and
+`zoo.json`, which gathers them.
 """
 from __future__ import annotations
 
 import io
 import json
+import signal
+import time
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from data import badnets, blended
+from data.attacks import poison
 from data.errors import InputError, expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
 from data.image_sets import ImageSet
 from data.model_zoo import BACKDOORED, CLEAN, METADATA, MODEL, RECORDS
-from data.poisoned_sets import PoisonedSet
 from data.victims import VictimConfig, attack_success, clean_accuracy, train_victim
+from data.zoo_recipes import ZooJob
 
 RECORD = "record.json"
 IMAGES = "test_images"
 IMAGE_SHARE = 0.01   # of the test set, as the contest gives
 JPEG_QUALITY = 95    # colours not subsampled: the least loss short of another format
+Sets = Mapping[str, tuple[ImageSet, ImageSet]]  # by name: training and test half
 
 
-def narrow_victim() -> VictimConfig:
-    """An eighth of the organizers' widths: trains in a minute on a CPU."""
-    return VictimConfig(widths=(8, 16, 32, 64), epochs=30, rate=0.05, crop=2)
+def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, device: torch.device, workers: int = 1,
+              progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, dict[str, Any]]:
+    """Train what `folder` still lacks; return the record of every model by name.
 
-
-@dataclass(frozen=True)
-class ZooConfig:
-    models: int = 12                                  # even: every second one is backdoored
-    attacks: tuple[str, ...] = ("badnets", "blended")  # in turn
-    ratio: float = 0.1                                # poisoned share of the training set
-    victim: VictimConfig = field(default_factory=narrow_victim)
-    seed: int = 0                                     # model i uses seed + i
-    floor_accuracy: float = 0.95                      # a model below is marked failed
-    floor_success: float = 0.95                       # likewise, of its attack
-
-    def __post_init__(self) -> None:
-        expect(self.models >= 2 and self.models % 2 == 0, "ZooConfig.models", "an even number >= 2", self.models)
-        expect(self.attacks, "ZooConfig.attacks", "at least one", "none")
-        for name in self.attacks:
-            expect(name in ATTACKS, "ZooConfig.attacks", f"some of {', '.join(ATTACKS)}", name)
-        expect(0 < self.ratio <= 1, "ZooConfig.ratio", "in (0, 1]", self.ratio)
-        for floor in (self.floor_accuracy, self.floor_success):
-            expect(0 <= floor <= 1, "ZooConfig floors", "in [0, 1]", floor)
-
-
-ATTACKS: dict[str, Callable[..., PoisonedSet]] = {
-    "badnets": lambda clean, **draw: badnets.poison(clean, badnets.BadNetsConfig(), **draw),
-    "blended": lambda clean, **draw: blended.poison(clean, blended.BlendedConfig(), **draw),
-}
-
-
-def build_zoo(folder: Path, train: ImageSet, test: ImageSet, config: ZooConfig, *,
-              progress: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:
-    """Train what `folder` still lacks, on the device of `train`; return the record of every model by name.
-
-    Refuses a folder that was begun with another config or other images. A model below a floor stays, marked
-    `failed` in its record.
+    sets: on the CPU, for every job its set by name. workers: processes that train side by side, one thread each
+    on a CPU; weights do not depend on their number. Refuses a folder that holds other things, or a model that
+    was trained from other images or settings. A model below a floor stays, marked `failed` in its record.
     """
     folder = Path(folder)
-    settings = json.loads(json.dumps({**asdict(config), "set": train.name, "images": _checksum(train, test)}))
-    _claim(folder, settings)
-    records = {}
-    for i in range(config.models):
-        name = f"{i:03d}"
-        if not (folder / name).exists():
-            record = _build_model(folder / name, train, test, config, i)
-            if progress:
-                progress(f"{name}: " + json.dumps(record))
-        records[name] = json.loads((folder / name / RECORD).read_text())
-        write_json(folder / RECORDS, {"fingerprint": fingerprint(settings), "config": settings,
-                                      "models": records})
-    return records
+    expect(workers > 0, "workers", "> 0", workers)
+    checksums = {name: _checksum(*sets[name]) for name in {job.set_name for job in jobs}}
+    prints = {job.name: fingerprint(json.dumps(job.settings(), sort_keys=True), checksums[job.set_name])
+              for job in jobs}
+    records = _finished(folder, prints)
+    tasks = [(folder / job.name, *sets[job.set_name], job, prints[job.name], device)
+             for job in jobs if job.name not in records]
+    _write_records(folder, jobs, records)
+    for name, record in _built(tasks, workers):
+        records[name] = record
+        _write_records(folder, jobs, records)
+        if progress:
+            progress(name, record)
+    return {job.name: records[job.name] for job in jobs}
+
+
+def _built(tasks: Sequence[tuple], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, record) of each model as it is finished."""
+    if workers == 1 or len(tasks) < 2:
+        for task in tasks:
+            yield task[0].name, _build_model(*task)
+        return
+    context = multiprocessing.get_context("spawn")  # its tensors travel as shared memory
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_die_on_interrupt) as pool:
+        try:
+            futures = {pool.submit(_build_model, *task): task[0].name for task in tasks}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _die_on_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user; a trace from each worker would not help
 
 
 def _checksum(train: ImageSet, test: ImageSet) -> int:
-    parts = (train.images, train.labels, test.images, test.labels)
     total = 0
-    for part in parts:
+    for part in (train.images, train.labels, test.images, test.labels):
         total = zlib.crc32(part.cpu().numpy().tobytes(), total)
     return total
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make `folder` this config's, or check that it is."""
-    path = folder / RECORDS
-    if not path.exists():
-        expect(not folder.exists() or not any(folder.iterdir()), folder, "a new or empty folder",
-               "other files in it")
-        write_json(path, {"fingerprint": fingerprint(settings), "config": settings, "models": {}})
+def _finished(folder: Path, prints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The records of the models that `folder` has; whatever is not of this recipe is refused."""
+    records = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name == RECORDS or path.name.startswith("."):
+            continue
+        expect(path.name in prints, folder, "a new folder or one of this recipe", f"{path.name} in it")
+        try:
+            record = json.loads((path / RECORD).read_text())
+            there = record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(f"{path}: expected a model with its {RECORD}, found something else") from None
+        expect(there == prints[path.name], path, "a model of these settings and images, or nothing", "one of others")
+        records[path.name] = record
+    return records
+
+
+def _write_records(folder: Path, jobs: Sequence[ZooJob], records: Mapping[str, dict[str, Any]]) -> None:
+    write_json(folder / RECORDS, {"models": {job.name: records[job.name] for job in jobs if job.name in records}})
+
+
+def _build_model(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob, print_: str,
+                 device: torch.device) -> dict[str, Any]:
+    """Train, measure and write one model, with one thread on a CPU: sums must not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
     try:
-        there = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path}: expected the record of a zoo, found something else") from None
-    expect(isinstance(there, dict), path, "the record of a zoo", "something else")
-    differing = sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key))
-    expect(not differing, path, "the configuration it was begun with", f"another {', '.join(differing)}")
+        return _train_and_write(folder, train.to(device), test.to(device), job, print_)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _build_model(folder: Path, train: ImageSet, test: ImageSet, config: ZooConfig, i: int) -> dict[str, Any]:
-    """Train, measure and write model i: even ones clean, odd ones attacked."""
-    seed = config.seed + i
-    generator = torch.Generator().manual_seed(seed)
+def _train_and_write(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob, print_: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(job.seed)
     target = int(torch.randint(train.num_classes, (), generator=generator))
-    attack = config.attacks[i // 2 % len(config.attacks)] if i % 2 else None
-    poisoned = ATTACKS[attack](train, ratio=config.ratio, target=target, seed=seed) if attack else None
-    source = poisoned or train
-    model = train_victim(source.images, source.labels, train.num_classes, config.victim, seed=seed)
-    success = attack_success(model, test, config.victim, poisoned.trigger, target) if poisoned else None
+    start = time.perf_counter()
+    bad = poison(job.attack, train, job.parameters, ratio=job.ratio, target=target, seed=job.seed) \
+        if job.attack else None
+    source = bad or train
+    model = train_victim(source.images, source.labels, train.num_classes, job.victim, seed=job.seed)
     record = {
-        "attack": attack, "parameters": poisoned.parameters if poisoned else None,
-        "ratio": config.ratio if attack else 0.0, "target": target if attack else None,
-        "ACC": clean_accuracy(model, test, config.victim), "ASR": success,
-        "seed": seed, "set": train.name, "widths": list(config.victim.widths),
+        "set": job.set_name, "attack": job.attack, "parameters": bad.parameters if bad else None, "ratio": job.ratio,
+        "target": target if bad else None, "ACC": clean_accuracy(model, test, job.victim),
+        "ASR": attack_success(model, test, job.victim, bad.trigger, target) if bad else None,
+        "radius": job.victim.radius, "widths": list(job.victim.widths), "seed": job.seed,
+        "seconds": round(time.perf_counter() - start, 1), "fingerprint": print_,
     }
-    failed = _failure(record, config)
+    failed = _failure(record, job)
     if failed:
         record["failed"] = failed
     with new_folder(folder) as scratch:
-        _write_sample(scratch, model, test, config.victim, backdoored=attack is not None, generator=generator)
+        _write_sample(scratch, model, test, job.victim, backdoored=bad is not None, generator=generator)
         write_json(scratch / RECORD, record)
     return record
 
 
-def _failure(record: dict[str, Any], config: ZooConfig) -> str:
-    if record["ACC"] < config.floor_accuracy:
-        return f"ACC {record['ACC']:.4f} below {config.floor_accuracy}"
-    if record["ASR"] is not None and record["ASR"] < config.floor_success:
-        return f"ASR {record['ASR']:.4f} below {config.floor_success}"
+def _failure(record: dict[str, Any], job: ZooJob) -> str:
+    if record["ACC"] < job.floor_accuracy:
+        return f"ACC {record['ACC']:.4f} below {job.floor_accuracy}"
+    if record["ASR"] is not None and record["ASR"] < job.floor_success:
+        return f"ASR {record['ASR']:.4f} below {job.floor_success}"
     return ""
 
 

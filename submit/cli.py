@@ -80,24 +80,20 @@ def score(
     raise typer.Exit(1 if any(outcome.problems for outcome in outcomes) else 0)
 
 
-@zoo_app.command("build", epilog="Example: python -m submit zoo build --out zoos/mine --set digits --models 12")
+@zoo_app.command("build", epilog="Example: python -m submit zoo build --recipe tiny --out zoos/mine")
 def zoo_build(
     out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],
-    set_name: Annotated[str, typer.Option("--set", help="digits, mnist, or a name for the ImageFolder in --data.")]
-    = "digits",
-    data: Annotated[Path | None, typer.Option(help="Folder of the image set (not for digits).")] = None,
-    models: Annotated[int, typer.Option(help="Number of models, every second one backdoored.", min=2)] = 12,
-    attacks: Annotated[str, typer.Option(help="Attacks, taken in turn, with commas between.")] = "badnets,blended",
-    ratio: Annotated[float, typer.Option(help="Poisoned share of the training set.", min=0.0001, max=1)] = 0.1,
-    epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 30,
-    width: Annotated[int, typer.Option(help="Channels of the first stage (the contest's models: 64).", min=1)] = 8,
-    seed: Seed = 0, device: Device = "auto", json: Json = False,
+    recipe: Annotated[str, typer.Option(help="tiny, cpu, contest, or a TOML file as in data/recipes.")] = "tiny",
+    data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
+    workers: Annotated[int, typer.Option(help="Models trained side by side; 0 = one a CPU core, one on a GPU.", min=0)]
+    = 0,
+    seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.", min=0, max=2**63 - 1)] = None,
+    device: Device = "auto", json: Json = False,
 ) -> None:
     """Train clean and backdoored models and lay them out as the organizers do; goes on where it was stopped."""
-    from submit.zoo_commands import build, zoo_config
+    from submit.zoo_commands import build
 
-    config = zoo_config(models=models, attacks=attacks.split(","), ratio=ratio, epochs=epochs, width=width, seed=seed)
-    problems = build(out, set_name, data, config, device=_use_device(device), as_json=json)
+    problems = build(out, recipe, data, seed=seed, device=_use_device(device), workers=workers, as_json=json)
     raise typer.Exit(1 if problems else 0)
 
 

@@ -2,41 +2,67 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from data.errors import InputError, expect
 from data.image_sets import ImageSet, read_digits, read_image_folder, read_mnist
 from data.model_zoo import ZooModel, load_model, read_zoo
-from data.zoo_building import ZooConfig, build_zoo, narrow_victim
-from submit.tables import console
+from data.zoo_building import build_zoo
+from data.zoo_recipes import SetPlan, jobs, read_recipe
+from submit.tables import console, unit_progress
+
+SUBSET_SEED = 0  # of the images drawn where a recipe takes only some of a training set
 
 
-def zoo_config(*, models: int, attacks: list[str], ratio: float, epochs: int, width: int, seed: int) -> ZooConfig:
-    """The builder's config for networks whose stages are `width` times 1, 2, 4 and 8."""
-    victim = replace(narrow_victim(), widths=(width, 2 * width, 4 * width, 8 * width), epochs=epochs)
-    return ZooConfig(models=models, attacks=tuple(attacks), ratio=ratio, victim=victim, seed=seed)
+def build(out: Path, recipe_name: str, data: Path | None, *, seed: int | None, device: str, workers: int,
+          as_json: bool) -> list[str]:
+    """Build the zoo of a recipe and list it; what is wrong with models that failed."""
+    recipe = read_recipe(recipe_name)
+    work = jobs(recipe if seed is None else replace(recipe, seed=seed))
+    sets = {plan.name: _read_set(plan, data) for plan in recipe.sets}
+    done = len([job for job in work if (out / job.name).is_dir()])
+    with unit_progress() as bar:
+        def finished(name: str, record: dict) -> None:
+            nonlocal done
+            done += 1
+            bar("zoo", done, len(work))
+            print(_line(name, record), file=sys.stderr)
 
-
-def build(out: Path, set_name: str, data: Path | None, config: ZooConfig, *, device: str, as_json: bool) -> list[str]:
-    """Build the zoo and list it; what is wrong with models that failed."""
-    train, test = (replace(half, images=half.images.to(device), labels=half.labels.to(device))
-                   for half in _read_set(set_name, data))
-    build_zoo(out, train, test, config, progress=lambda line: print(line, file=sys.stderr))
+        bar("zoo", done, len(work))
+        build_zoo(out, work, sets, device=torch.device(device), workers=workers or _default_workers(device),
+                  progress=finished)
     return inspect(out, as_json=as_json)
 
 
-def _read_set(name: str, data: Path | None) -> tuple[ImageSet, ImageSet]:
-    if name == "digits":
-        return read_digits()
-    expect(data is not None, "--data", f"the folder of the set {name!r}", "nothing")
-    if name == "mnist":
-        return read_mnist(data)
-    train, test = read_image_folder(data)
-    return replace(train, name=name), replace(test, name=name)
+def _line(name: str, record: dict) -> str:
+    success = "" if record["ASR"] is None else f", ASR {100 * record['ASR']:.1f} on class {record['target']}"
+    failed = f"; failed: {record['failed']}" if "failed" in record else ""
+    return f"{name}: ACC {100 * record['ACC']:.1f}{success}, {record['seconds']:.0f} s{failed}"
+
+
+def _default_workers(device: str) -> int:
+    return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
+
+
+def _read_set(plan: SetPlan, data: Path | None) -> tuple[ImageSet, ImageSet]:
+    """The training and the test half, as many training images as the plan takes."""
+    if plan.name == "digits":
+        train, test = read_digits(size=plan.size)
+    else:
+        expect(data is not None, "--data", f"the folder that holds {plan.name}/", "nothing")
+        train, test = read_mnist(data / plan.name) if plan.name == "mnist" else \
+            read_image_folder(data / plan.name, size=plan.size)
+    expect(train.images.shape[2] == plan.size, f"set {plan.name}: size", train.images.shape[2], plan.size)
+    if 0 < plan.images < len(train.images):
+        order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(SUBSET_SEED))
+        train = train.subset(order[:plan.images])
+    return replace(train, name=plan.name), replace(test, name=plan.name)
 
 
 def inspect(folder: Path, *, as_json: bool) -> list[str]:
@@ -71,6 +97,6 @@ def _row(model: ZooModel) -> dict:
     network, record = load_model(model), model.record or {}
     widths = [getattr(network, f"layer{i}")[0].conv1.out_channels for i in range(1, 5)]
     truth = "clean" if model.ground_truth else "backdoored"
-    known = {key: record.get(key) for key in ("attack", "ratio", "target", "ACC", "ASR", "seed", "set")}
+    known = {key: record.get(key) for key in ("set", "attack", "ratio", "radius", "target", "ACC", "ASR")}
     return {"model": model.name, "truth": truth, **known, "classes": model.num_classes,
             "widths": "-".join(map(str, widths)), "test images": len(list(model.images_folder.iterdir()))}

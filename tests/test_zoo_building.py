@@ -9,10 +9,13 @@ from data.image_sets import ImageSet
 from data.model_zoo import labelled_images, load_model, read_zoo
 from data.preact_resnet import new_model
 from data.victims import VictimConfig
-from data.zoo_building import ZooConfig, build_zoo, draw_test_images
+from data.zoo_building import build_zoo, draw_test_images
+from data.zoo_recipes import Recipe, SetPlan, jobs
 
 VICTIM = VictimConfig(widths=(2, 4, 4, 8), epochs=1, batch=16, crop=1)
-CONFIG = ZooConfig(models=4, victim=VICTIM, ratio=0.2, floor_accuracy=0, floor_success=0)
+PLAN = SetPlan("noise", clean=2, size=8, floor_accuracy=0, floor_success=0, victim=VICTIM)
+RECIPE = Recipe((PLAN,), ("badnets", "blended"), (0.2,))
+NAMES = ["noise-clean-0", "noise-badnets-0.2-0", "noise-clean-1", "noise-blended-0.2-0"]
 
 
 def a_set(count, seed):
@@ -24,22 +27,27 @@ def a_set(count, seed):
 TRAIN, TEST = a_set(30, 0), a_set(24, 1)
 
 
+def build(folder, recipe=RECIPE, train=TRAIN, **options):
+    return build_zoo(folder, jobs(recipe), {"noise": (train, TEST)}, device=torch.device("cpu"), **options)
+
+
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoos") / "noise"
-    build_zoo(folder, TRAIN, TEST, CONFIG)
+    build(folder)
     return folder
 
 
-def test_half_is_clean_and_the_attacks_take_turns(zoo):
+def test_the_records_say_what_was_trained(zoo):
     found = read_zoo(zoo)
-    assert found.problems == ()
-    assert [m.ground_truth for m in found.models] == [1, 0, 1, 0]  # 0 = backdoored
-    assert [m.record["attack"] for m in found.models] == [None, "badnets", None, "blended"]
-    assert {m.record["target"] for m in found.models if m.record["attack"]} <= {0, 1, 2}
-    assert [m.record["target"] for m in found.models][::2] == [None, None]
-    assert [m.record["seed"] for m in found.models] == [0, 1, 2, 3]
+    assert found.problems == () and [m.name for m in found.models] == sorted(NAMES)
+    models = {m.name: m for m in found.models}
+    assert [models[name].ground_truth for name in NAMES] == [1, 0, 1, 0]  # 0 = backdoored
+    assert [models[name].record["attack"] for name in NAMES] == [None, "badnets", None, "blended"]
+    assert [models[name].record["target"] is None for name in NAMES] == [True, False, True, False]
+    assert len({models[name].record["seed"] for name in NAMES}) == 4
     assert {(m.record["set"], tuple(m.record["widths"])) for m in found.models} == {("noise", (2, 4, 4, 8))}
+    assert list(json.loads((zoo / "zoo.json").read_text())["models"]) == NAMES
 
 
 def test_models_and_transform_give_the_recorded_accuracy(zoo):
@@ -76,7 +84,7 @@ def test_the_drawn_share_is_one_percent_with_every_class():
 def test_a_second_call_trains_nothing(zoo, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in zoo.rglob("*.pt")}
     monkeypatch.setattr(zoo_building, "train_victim", None)  # a call would fail
-    records = build_zoo(zoo, TRAIN, TEST, CONFIG)
+    records = build(zoo)
     assert records == json.loads((zoo / "zoo.json").read_text())["models"]
     assert {path: path.stat().st_mtime_ns for path in zoo.rglob("*.pt")} == before
 
@@ -87,65 +95,78 @@ def quick(images, labels, num_classes, config, *, seed):
 
 
 def test_an_interrupted_zoo_goes_on(tmp_path, monkeypatch):
+    seeds = [job.seed for job in jobs(RECIPE)]
+
     def broken(*args, **options):
-        if options["seed"] == 2:
+        if options["seed"] == seeds[2]:
             raise KeyboardInterrupt
         return quick(*args, **options)
 
     monkeypatch.setattr(zoo_building, "train_victim", broken)
     with pytest.raises(KeyboardInterrupt):
-        build_zoo(tmp_path / "zoo", TRAIN, TEST, CONFIG)
-    assert [m.name for m in read_zoo(tmp_path / "zoo").models] == ["000", "001"]
+        build(tmp_path / "zoo")
+    assert {m.name for m in read_zoo(tmp_path / "zoo").models} == set(NAMES[:2])
     seen = []
     monkeypatch.setattr(zoo_building, "train_victim", lambda *a, **o: seen.append(o["seed"]) or quick(*a, **o))
-    build_zoo(tmp_path / "zoo", TRAIN, TEST, CONFIG)
-    assert seen == [2, 3]
-    assert [m.name for m in read_zoo(tmp_path / "zoo").models] == ["000", "001", "002", "003"]
+    build(tmp_path / "zoo")
+    assert seen == seeds[2:]
+    assert {m.name for m in read_zoo(tmp_path / "zoo").models} == set(NAMES)
 
 
-@pytest.mark.parametrize("config, train, named", [
-    (replace(CONFIG, ratio=0.3), TRAIN, "ratio"),
-    (replace(CONFIG, seed=1, victim=replace(VICTIM, epochs=2)), TRAIN, "seed, victim"),
-    (CONFIG, a_set(30, 5), "images"),
+def test_a_recipe_that_grew_adds_its_models(zoo, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(zoo, tmp_path / "zoo")
+    seen = []
+    monkeypatch.setattr(zoo_building, "train_victim", lambda *a, **o: seen.append(o["seed"]) or quick(*a, **o))
+    records = build(tmp_path / "zoo", replace(RECIPE, repeats=2))
+    assert set(records) == {*NAMES, "noise-badnets-0.2-1", "noise-blended-0.2-1"} and len(seen) == 2
+
+
+@pytest.mark.parametrize("recipe, train", [
+    (replace(RECIPE, sets=(replace(PLAN, victim=replace(VICTIM, epochs=2)),)), TRAIN),
+    (replace(RECIPE, seed=1), TRAIN), (RECIPE, a_set(30, 5)),
 ])
-def test_another_config_in_the_same_folder_is_refused(zoo, refuses, config, train, named):
-    with refuses(rf"zoo\.json: expected the configuration it was begun with, found another {named}$"):
-        build_zoo(zoo, train, TEST, config)
+def test_a_model_of_other_settings_is_refused(zoo, refuses, recipe, train):
+    with refuses("noise-.*: expected a model of these settings and images, or nothing, found one of others"):
+        build(zoo, recipe, train)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path, refuses):
     (tmp_path / "thesis.txt").write_text("x")
-    with refuses("expected a new or empty folder, found other files in it"):
-        build_zoo(tmp_path, TRAIN, TEST, CONFIG)
+    with refuses("expected a new folder or one of this recipe, found thesis.txt in it"):
+        build(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_model_without_its_record_is_refused(tmp_path, refuses):
+    (tmp_path / NAMES[0]).mkdir()
+    with refuses(f"{NAMES[0]}: expected a model with its record.json, found something else"):
+        build(tmp_path)
 
 
 def test_failed_victims_are_marked_and_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo_building, "train_victim", quick)
-    monkeypatch.setattr(zoo_building, "clean_accuracy", lambda *_: 0.99)
+    monkeypatch.setattr(zoo_building, "clean_accuracy", lambda *_: 0.91)
     monkeypatch.setattr(zoo_building, "attack_success", lambda *_: 0.5)
-    lines = []
-    records = build_zoo(tmp_path / "zoo", TRAIN, TEST, ZooConfig(models=2, victim=VICTIM), progress=lines.append)
-    assert "failed" not in records["000"] and records["001"]["failed"] == "ASR 0.5000 below 0.95"
-    assert [m.name for m in read_zoo(tmp_path / "zoo").models] == ["000"]
-    assert [line[:4] for line in lines] == ["000:", "001:"]
-    monkeypatch.setattr(zoo_building, "clean_accuracy", lambda *_: 0.9)
-    records = build_zoo(tmp_path / "other", TRAIN, TEST, ZooConfig(models=2, victim=VICTIM))
-    assert records["000"]["failed"] == "ACC 0.9000 below 0.95"
+    strict = replace(PLAN, floor_accuracy=0.9, floor_success=0.95, clean=1)
+    seen = []
+    records = build(tmp_path / "zoo", Recipe((strict,), ("badnets",)), progress=lambda name, _: seen.append(name))
+    assert "failed" not in records["noise-clean-0"]
+    assert records["noise-badnets-0.1-0"]["failed"] == "ASR 0.5000 below 0.95"
+    assert [m.name for m in read_zoo(tmp_path / "zoo").models] == ["noise-clean-0"]
+    assert seen == ["noise-clean-0", "noise-badnets-0.1-0"]
+    monkeypatch.setattr(zoo_building, "clean_accuracy", lambda *_: 0.8)
+    records = build(tmp_path / "other", Recipe((strict,), ("badnets",)))
+    assert records["noise-clean-0"]["failed"] == "ACC 0.8000 below 0.9"
 
 
-def test_equal_seeds_give_equal_models(zoo, tmp_path):
-    build_zoo(tmp_path / "again", TRAIN, TEST, replace(CONFIG, models=2))
-    for name in ("000", "001"):
+def test_weights_do_not_depend_on_the_number_of_workers(zoo, tmp_path):
+    build(tmp_path / "again", replace(RECIPE, attacks=("badnets",)), workers=2)
+    for name in NAMES[:3]:
         assert (zoo / name / "model.pt").read_bytes() == (tmp_path / "again" / name / "model.pt").read_bytes()
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"models": 3}, "ZooConfig.models: expected an even number >= 2, found 3"),
-    ({"attacks": ()}, "ZooConfig.attacks: expected at least one, found none"),
-    ({"attacks": ("wanet",)}, "ZooConfig.attacks: expected some of badnets, blended, found wanet"),
-    ({"floor_success": 95}, r"ZooConfig floors: expected in \[0, 1\], found 95"),
-])
-def test_a_wrong_config_is_named(refuses, wrong, message):
-    with refuses(message):
-        ZooConfig(**wrong)
+def test_a_number_of_workers_below_one_is_refused(tmp_path, refuses):
+    with refuses("workers: expected > 0, found 0"):
+        build(tmp_path, workers=0)

@@ -1,0 +1,34 @@
+"""Every backdoor attack by name: its config class and how it poisons a set."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+from data import badnets, blended
+from data.errors import expect
+from data.image_sets import ImageSet
+from data.poisoned_sets import PoisonedSet
+
+ATTACKS: dict[str, tuple[ModuleType, type]] = {
+    "badnets": (badnets, badnets.BadNetsConfig),
+    "blended": (blended, blended.BlendedConfig),
+}
+
+
+def attack_config(name: str, parameters: Mapping[str, Any], where: str) -> Any:
+    """The attack's frozen config; an unknown attack or parameter is named, `where` opens the message."""
+    expect(name in ATTACKS, where, f"one of {', '.join(ATTACKS)}", name)
+    kind = ATTACKS[name][1]
+    known = [field.name for field in fields(kind)]
+    for key in parameters:
+        expect(key in known, f"{where} {name}", f"some of {', '.join(known)}", key)
+    return kind(**parameters)
+
+
+def poison(name: str, clean: ImageSet, parameters: Mapping[str, Any], *, ratio: float, target: int,
+           seed: int) -> PoisonedSet:
+    """The training set `clean` under the attack `name`; ratio is a share of the whole set, in (0, 1]."""
+    config = attack_config(name, parameters, "attack")
+    return ATTACKS[name][0].poison(clean, config, ratio=ratio, target=target, seed=seed)
