@@ -6,7 +6,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from data.badnets import BadNetsConfig, poison
 from data.image_sets import ImageSet
-from data.victims import VictimConfig, attack_success, augment, clean_accuracy, normalise, train_victim
+from data.preact_resnet import new_model
+from data.victims import VictimConfig, attack_success, augment, clean_accuracy, hardened, normalise, train_victim
 
 TINY = VictimConfig(widths=(2, 4, 4, 8), epochs=5, batch=16, rate=0.1, crop=1)
 
@@ -83,6 +84,58 @@ def test_augmentation_is_crop_of_the_padded_image_and_perhaps_a_mirror(flip):
     assert len(shifts) > 12
 
 
+def slow_ascent(model, images, labels, config, generator):
+    """Madry et al., Eq. 2.1, one image at a time."""
+    starts = 2 * torch.rand(images.shape, generator=generator) - 1
+    found = []
+    for image, label, start in zip(images.float(), labels, starts, strict=True):
+        moved = (image + config.radius * start).clamp(0, 255)
+        for _ in range(config.ascents):
+            moved = moved.clone().requires_grad_(True)
+            nn.functional.cross_entropy(model(normalise(moved[None], config)), label[None]).backward()
+            moved = moved.detach() + 2.5 * config.radius / config.ascents * moved.grad.sign()
+            moved = image + (moved - image).clamp(-config.radius, config.radius)
+            moved = moved.clamp(0, 255)
+        found.append(moved)
+    return torch.stack(found)
+
+
+def test_hardened_images_are_those_of_the_slow_ascent():
+    train, config = easy_set(6), VictimConfig(widths=(4, 4, 4, 4), radius=8.0, ascents=3)
+    model = new_model(2, config.widths, 3, seed=0).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = hardened(model, train.images, train.labels, config, generator=torch.Generator().manual_seed(1))
+    assert model.training and all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert (found - train.images).abs().max() <= 8 and found.min() >= 0 and found.max() <= 255
+    expected = slow_ascent(model.eval(), train.images, train.labels, config, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def robust_accuracy(model, test, config):
+    moved = hardened(model, test.images, test.labels, config, generator=torch.Generator().manual_seed(2))
+    model.eval()
+    return (model(normalise(moved, config)).argmax(1) == test.labels).double().mean().item()
+
+
+def test_adversarial_training_resists_what_ordinary_training_does_not():
+    train = easy_set()
+    train.images[:] = (train.images.float() * 0.2 + 100).to(torch.uint8)  # classes 28 grey levels apart, noisy
+    plain = VictimConfig(widths=(4, 4, 8, 8), epochs=12, batch=16, rate=0.1, crop=0, radius=0.0)
+    hard = VictimConfig(widths=(4, 4, 8, 8), epochs=12, batch=16, rate=0.1, crop=0, radius=8.0)
+    accuracies = [robust_accuracy(train_victim(train.images, train.labels, 2, config, seed=0), train, hard)
+                  for config in (plain, hard)]
+    assert accuracies[0] < 0.7 < 0.9 < accuracies[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_both_precisions_learn(precision):
+    train = easy_set()
+    config = VictimConfig(widths=(2, 4, 4, 8), epochs=5, batch=16, rate=0.1, crop=1, precision=precision)
+    model = train_victim(train.images, train.labels, 2, config, seed=0)
+    assert next(model.parameters()).dtype == torch.float32
+    assert clean_accuracy(model, train, config) > 0.95
+
+
 def test_normalisation_is_torchvisions():
     config = VictimConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     images = torch.randint(256, (4, 3, 7, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -110,6 +163,8 @@ def test_accuracy_and_success_by_hand():
 @pytest.mark.parametrize("wrong, message", [
     ({"epochs": 0}, r"VictimConfig epochs, batch: expected > 0, > 1, found \(0, 128\)"),
     ({"rate": 0.0}, "VictimConfig.rate: expected > 0, found 0.0"),
+    ({"radius": -1.0}, r"VictimConfig radius, ascents: expected >= 0, > 0, found \(-1.0, 5\)"),
+    ({"precision": "half"}, "VictimConfig.precision: expected one of auto, float32, bfloat16, found half"),
     ({"crop": -1}, "VictimConfig.crop: expected >= 0 pixels, found -1"),
     ({"std": (1.0, 0.0, 1.0)}, "VictimConfig mean, std: expected one each a channel, std > 0"),
 ])
