@@ -10,8 +10,9 @@ the relative stop multiplies instead of dividing by a loss that may be 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from data.errors import expect
 
 ADAM_EPSILON = 1e-8  # AdamW's default
+Move = Callable[[Tensor, Tensor], Tensor]  # (points, gradient) -> next points
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,39 @@ def class_margins(trunk: nn.Module, features: Tensor, draws: Sequence[Tensor], c
     trunk: features to (B, K) logits, frozen. The margin of class t is z_t minus the largest other logit.
     """
     per_class = draws[0].numel() * features[0].numel()
-    together = max(1, config.block // per_class)
-    found = [_margins_of(trunk, features, list(range(k, min(k + together, len(draws)))), draws, config)
-             for k in range(0, len(draws), together)]
-    return torch.cat(found)
+    moves = [partial(sign_step, rate=rate, decay=config.decay) for rate in rates(config)]
+    return torch.cat([climb(trunk, features[torch.cat([draws[k] for k in classes])], classes, len(draws), moves,
+                            config.tolerance)
+                      for classes in side_by_side(len(draws), per_class, config.block)])
 
 
-def _margins_of(trunk: nn.Module, features: Tensor, classes: Sequence[int], draws: Sequence[Tensor],
-                config: ReportConfig) -> Tensor:
-    """(len(classes),) margins of some classes, optimised in one batch; each stops for itself."""
-    count = draws[0].numel()
-    free = features[torch.cat([draws[k] for k in classes])].contiguous(memory_format=torch.channels_last)
-    target = torch.tensor(classes, device=features.device).repeat_interleave(count)
-    rows = torch.arange(len(classes), device=features.device)  # of the classes still moving
-    best = features.new_empty(len(classes))
-    last = features.new_full((len(classes),), math.inf)
-    for rate in rates(config):
-        margins, gradient = _margins_and_gradient(trunk, free, target, len(draws))
+def side_by_side(num_classes: int, per_class: int, block: int) -> list[list[int]]:
+    """The classes in order, in groups of at most `block` values, at least one class each."""
+    together = max(1, block // per_class)
+    return [list(range(k, min(k + together, num_classes))) for k in range(0, num_classes, together)]
+
+
+def climb(forward: Callable[[Tensor], Tensor], free: Tensor, classes: Sequence[int], num_classes: int,
+          moves: Sequence[Move], tolerance: float) -> Tensor:
+    """(len(classes),) largest margin of each class over its points, when they last went through `forward`.
+
+    forward: points to (B, num_classes) logits. free: (len(classes) * n, C, H, W) first points, n for each class.
+    moves: at step s, moves[s](free, gradient of the loss) are the next points; the loss of a class is minus the
+    sum of its n margins. All classes share each pass; one stops when its loss changes by less than `tolerance`.
+    """
+    count = len(free) // len(classes)
+    free = free.contiguous(memory_format=torch.channels_last)
+    target = torch.tensor(classes, device=free.device).repeat_interleave(count)
+    rows = torch.arange(len(classes), device=free.device)  # of the classes still moving
+    best = free.new_empty(len(classes))
+    last = free.new_full((len(classes),), math.inf)
+    for move in moves:
+        margins, gradient = _margins_and_gradient(forward, free, target, num_classes)
         margins = margins.view(-1, count)
         best[rows] = margins.amax(1)
         loss = -margins.sum(1)
-        moving = ~((last - loss).abs() < config.tolerance * last.abs())
-        free = sign_step(free, gradient, rate, config.decay)
+        moving = ~((last - loss).abs() < tolerance * last.abs())
+        free = move(free.detach(), gradient)
         if not moving.all():
             keep = moving.repeat_interleave(count)
             free, target, rows, loss = free[keep], target[keep], rows[moving], loss[moving]
@@ -89,10 +102,11 @@ def _margins_of(trunk: nn.Module, features: Tensor, classes: Sequence[int], draw
     return best
 
 
-def _margins_and_gradient(trunk: nn.Module, free: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(B,) margins and the gradient of the loss, minus their sum, by the features."""
+def _margins_and_gradient(forward: Callable[[Tensor], Tensor], free: Tensor, target: Tensor,
+                          num_classes: int) -> tuple[Tensor, Tensor]:
+    """(B,) margins and the gradient of the loss, minus their sum, by the points."""
     free = free.detach().requires_grad_(True)
-    logits = trunk(free)
+    logits = forward(free)
     expect(logits.shape[1] == num_classes, "num_classes", f"{logits.shape[1]}, as the model puts out", num_classes)
     own = logits.gather(1, target[:, None])[:, 0]
     other = logits.scatter(1, target[:, None], -math.inf).amax(1)

@@ -2,10 +2,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from scipy.integrate import quad
 from scipy.stats import expon
 
-from backdoor_detection.outlier import outlier_p_value
+from backdoor_detection.outlier import gamma_p_value, outlier_p_value
 
 
 def by_scipy(margins):
@@ -55,8 +57,66 @@ def test_without_spread_there_is_no_alarm(margins):
     assert outlier_p_value(torch.tensor(margins)) == 1.0
 
 
-def test_bad_margins_are_named(refuses):
+@pytest.mark.parametrize("p_value", [outlier_p_value, gamma_p_value])
+def test_bad_margins_are_named(refuses, p_value):
     with refuses(r"margins: expected finite numbers, found \[1\.0, nan\]"):
-        outlier_p_value(torch.tensor([1.0, float("nan")]))
+        p_value(torch.tensor([1.0, float("nan")]))
     with refuses(r"margins: expected \(K,\) of at least two classes, found \(1,\)"):
-        outlier_p_value(torch.tensor([1.0]))
+        p_value(torch.tensor([1.0]))
+
+
+def gamma_drawn(classes, largest, seed=0):
+    """margins: classes - 1 gamma draws (shape 4, scale 3, from 10 on) and a largest one."""
+    drawn = np.random.default_rng(seed).gamma(4, 3, classes - 1) + 10
+    return torch.from_numpy(np.append(drawn, largest))
+
+
+@pytest.mark.parametrize("classes, largest", [(10, 45.0), (43, 50.0), (200, 60.0)])
+def test_the_gamma_test_integrates_the_fitted_density(classes, largest):
+    margins = gamma_drawn(classes, largest)
+    shape, location, scale = scipy.stats.gamma.fit(margins[:-1].numpy())
+
+    def density(x):
+        y = (x - location) / scale
+        return y ** (shape - 1) * math.exp(-y) / math.gamma(shape) / scale
+
+    beyond = quad(density, largest, largest + 60 * scale)[0]
+    assert gamma_p_value(margins) == pytest.approx(1 - (1 - beyond) ** classes, rel=1e-6)
+
+
+def test_the_fitted_gamma_is_near_the_drawn_one():
+    margins = gamma_drawn(4001, 60.0)
+    truth = 1 - scipy.stats.gamma.cdf(50.0 / 3, 4) ** 4001
+    assert gamma_p_value(margins) == pytest.approx(truth, abs=0.1) and 0.1 < truth < 0.3
+
+
+def test_a_far_outlier_alarms_the_gamma_test_and_none_does_not():
+    assert 0 < gamma_p_value(gamma_drawn(10, 300.0)) < 1e-6
+    margins = gamma_drawn(40, 30.0)  # within the others' reach
+    assert gamma_p_value(margins) > 0.2
+    assert gamma_p_value(margins) == gamma_p_value(margins.flip(0))
+
+
+@pytest.mark.parametrize("margins", [[2.0, 2.0, 2.0], [1.0, 9.0], [3.0, 3.0, 8.0]])
+def test_without_spread_the_gamma_test_does_not_alarm(margins):
+    assert gamma_p_value(torch.tensor(margins)) == 1.0
+
+
+@pytest.mark.parametrize("fit", [
+    lambda _: (math.nan, 0.0, 1.0), lambda _: (1.0, 0.0, -1.0),
+    pytest.param(scipy.stats.FitError, id="FitError"), pytest.param(FloatingPointError, id="FloatingPointError")])
+def test_without_a_fit_the_gamma_test_does_not_alarm(monkeypatch, fit):
+    def failing(others):
+        if isinstance(fit, type):
+            raise fit("no fit")
+        return fit(others)
+
+    monkeypatch.setattr(scipy.stats.gamma, "fit", failing)
+    assert gamma_p_value(gamma_drawn(10, 300.0)) == 1.0
+
+
+@pytest.mark.parametrize("margins", [
+    [0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 1e-30, 5.0], [-1e30, 0.0, 1.0, 2.0], [1e30, 2e30, 3e30, 9e30],
+    [1.0, 1.0, 1.0, 1.0000001, 2.0], [0.0, 1e-6, 1e-6, 1e6, 1e6 + 1]])
+def test_odd_margins_still_give_a_probability_without_a_warning(margins):
+    assert 0 <= gamma_p_value(torch.tensor(margins, dtype=torch.float64)) <= 1
