@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backdoor_detection.margins import climb, side_by_side
 from backdoor_detection.outlier import gamma_p_value
-from backdoor_detection.split_model import frozen_copy
+from backdoor_detection.split_model import frozen_copy, stem_width
 from data.errors import expect
 
 
@@ -56,7 +56,7 @@ def largest_margins(model: nn.Module, num_classes: int, shape: tuple[int, int, i
     device = next(net.parameters()).device
     forward = partial(_logits, net, mean.to(device)[:, None, None], std.to(device)[:, None, None])
     moves = [partial(descend, rate=config.rate)] * config.steps
-    per_class = config.images * _stem_width(net, shape) * shape[1] * shape[2]
+    per_class = config.images * stem_width(net, shape[0]) * shape[1] * shape[2]
     random_images = _random_images((config.images, *shape), generator)
     found = []
     for classes in side_by_side(num_classes, per_class, config.block):
@@ -79,8 +79,3 @@ def _random_images(shape: tuple[int, ...], generator: torch.Generator) -> Iterat
     """Uniform in [0, 1), one class after the other, so that the blocks do not change them."""
     while True:
         yield torch.rand(shape, generator=generator)
-
-
-def _stem_width(net: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Channels of the first convolution, in which the most values lie; those of the image where there is none."""
-    return next((part.out_channels for part in net.modules() if isinstance(part, nn.Conv2d)), shape[0])

@@ -40,6 +40,11 @@ def input_channels(model: nn.Module) -> int:
     return next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 3)
 
 
+def stem_width(model: nn.Module, channels: int) -> int:
+    """Channels that the model's first convolution gives, in which the most values lie; `channels` without one."""
+    return next((part.out_channels for part in model.modules() if isinstance(part, nn.Conv2d)), channels)
+
+
 def _fold_second_norm(block: nn.Module) -> None:
     """bn2 into the convolution before it: the same function, one pass over the features less."""
     conv, norm = getattr(block, "conv1", None), getattr(block, "bn2", None)
