@@ -26,7 +26,8 @@ class AfterNorm(nn.Module):
         self.inner = a_model()
         for name in ("conv1", "layer1", "layer2", "layer3", "layer4", "avgpool", "linear"):
             setattr(self, name, getattr(self.inner, name))
-        self.bn1 = nn.BatchNorm2d(2)
+        self.bn1 = nn.BatchNorm2d(2)  # does not commute with bn2
+        self.bn1.running_var.fill_(0.25)
         self.bn2 = nn.BatchNorm2d(2)
         self.bn2.running_mean.fill_(3.0)
 
