@@ -3,10 +3,11 @@ from functools import partial
 import pytest
 import torch
 
-from data import badnets, blended
+from data import badnets, blended, low_frequency
 from data.image_sets import ImageSet
 
-ATTACKS = {"badnets": (badnets, badnets.BadNetsConfig()), "blended": (blended, blended.BlendedConfig())}
+ATTACKS = {"badnets": (badnets, badnets.BadNetsConfig()), "blended": (blended, blended.BlendedConfig()),
+           "low_frequency": (low_frequency, low_frequency.LowFrequencyConfig())}
 both = pytest.mark.parametrize("name", ATTACKS)
 
 
