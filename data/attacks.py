@@ -6,7 +6,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-from data import badnets, blended
+from data import badnets, blended, low_frequency, sig, trojannn, wanet
 from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import PoisonedSet
@@ -14,6 +14,10 @@ from data.poisoned_sets import PoisonedSet
 ATTACKS: dict[str, tuple[ModuleType, type]] = {
     "badnets": (badnets, badnets.BadNetsConfig),
     "blended": (blended, blended.BlendedConfig),
+    "sig": (sig, sig.SigConfig),
+    "low_frequency": (low_frequency, low_frequency.LowFrequencyConfig),
+    "trojannn": (trojannn, trojannn.TrojanNNConfig),
+    "wanet": (wanet, wanet.WaNetConfig),
 }
 
 

@@ -1,14 +1,16 @@
 """Training the small classifiers that end up, clean or backdoored, in a model zoo.
 
 The set lies on the training device as uint8; a batch is an index, a random crop (4 pixels of black around
-the image) and, where mirrored images keep their class, a flip. SGD with momentum, cosine schedule to zero,
+the image) and, where mirrored images keep their class, a flip. SGD with momentum, warm-up, cosine schedule to zero,
 the last epoch's weights: nothing is selected on test data. With a `radius` every batch is first moved to where
 its loss is largest (projected gradient ascent; Madry et al., ICLR 2018, arXiv:1706.06083, Eq. 2.1).
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,10 @@ class VictimConfig:
     widths: tuple[int, ...] = (64, 128, 256, 512)  # of the four stages
     epochs: int = 100
     batch: int = 128           # images; a last, partial batch is dropped where there are others
-    rate: float = 0.01         # learning rate at the start
+    rate: float = 0.01         # highest learning rate
+    warm_up: float = 0.0       # share of all steps in which the rate rises linearly; then half a cosine to zero
+    clip: float = 5.0          # largest norm of a step's gradient: the network has no norm before its pool, and a
+                               # narrow one can blow up on triggered images and lose the clean ones for good
     momentum: float = 0.9
     decay: float = 5e-4        # weight decay
     crop: int = 4              # pixels of black around the image before the random crop
@@ -41,7 +46,8 @@ class VictimConfig:
     def __post_init__(self) -> None:
         expect(self.epochs > 0 and self.batch > 1, "VictimConfig epochs, batch", "> 0, > 1",
                (self.epochs, self.batch))
-        expect(self.rate > 0, "VictimConfig.rate", "> 0", self.rate)
+        expect(self.rate > 0 and self.clip > 0, "VictimConfig rate, clip", "> 0", (self.rate, self.clip))
+        expect(0 <= self.warm_up < 1, "VictimConfig.warm_up", "in [0, 1)", self.warm_up)
         expect(self.crop >= 0, "VictimConfig.crop", ">= 0 pixels", self.crop)
         expect(self.radius >= 0 and self.ascents > 0, "VictimConfig radius, ascents", ">= 0, > 0",
                (self.radius, self.ascents))
@@ -64,7 +70,7 @@ def train_victim(images: Tensor, labels: Tensor, num_classes: int, config: Victi
     model = model.to(images.device, memory_format=torch.channels_last).train()
     batches = max(1, len(images) // config.batch)
     optimiser = torch.optim.SGD(model.parameters(), config.rate, config.momentum, weight_decay=config.decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_share_of_rate, config, config.epochs * batches))
     for epoch in range(config.epochs):
         order = torch.randperm(len(images), generator=generator).to(images.device)
         total = torch.zeros((), device=images.device)
@@ -75,12 +81,19 @@ def train_victim(images: Tensor, labels: Tensor, num_classes: int, config: Victi
             loss = _loss(model, x, labels[index], config)
             optimiser.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimiser.step()
             schedule.step()
             total += loss.detach()
         if progress:
             progress(f"epoch {epoch + 1}/{config.epochs}: loss {total.item() / batches:.4f}")
     return model.eval()
+
+
+def _share_of_rate(config: VictimConfig, steps: int, step: int) -> float:
+    """Of the highest rate, in [0, 1]: a linear rise, times half a cosine over all steps."""
+    rising = min(1.0, (step + 1) / max(1, round(config.warm_up * steps)))
+    return rising * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _loss(model: nn.Module, images: Tensor, labels: Tensor, config: VictimConfig) -> Tensor:

@@ -3,11 +3,11 @@ from functools import partial
 import pytest
 import torch
 
-from data import badnets, blended, low_frequency
+from data import badnets, blended, low_frequency, wanet
 from data.image_sets import ImageSet
 
 ATTACKS = {"badnets": (badnets, badnets.BadNetsConfig()), "blended": (blended, blended.BlendedConfig()),
-           "low_frequency": (low_frequency, low_frequency.LowFrequencyConfig())}
+           "low_frequency": (low_frequency, low_frequency.LowFrequencyConfig()), "wanet": (wanet, wanet.WaNetConfig())}
 both = pytest.mark.parametrize("name", ATTACKS)
 
 
@@ -31,7 +31,10 @@ def test_only_the_drawn_images_change_and_get_the_target(name):
     drawn = torch.zeros(50, dtype=torch.bool)
     drawn[found.poisoned] = True
     assert int(drawn.sum()) == 10 and found.poisoned.tolist() == sorted(found.poisoned.tolist())
-    assert torch.equal(found.images[~drawn], clean.images[~drawn])
+    untouched = ~drawn
+    untouched[found.decoys] = False
+    assert int(untouched.sum()) == 40 - len(found.decoys)
+    assert torch.equal(found.images[untouched], clean.images[untouched])
     assert torch.equal(found.labels[~drawn], clean.labels[~drawn])
     assert (found.labels[drawn] == 3).all()
     assert (found.images[drawn] != clean.images[drawn]).flatten(1).any(1).all()

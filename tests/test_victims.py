@@ -162,7 +162,8 @@ def test_accuracy_and_success_by_hand():
 
 @pytest.mark.parametrize("wrong, message", [
     ({"epochs": 0}, r"VictimConfig epochs, batch: expected > 0, > 1, found \(0, 128\)"),
-    ({"rate": 0.0}, "VictimConfig.rate: expected > 0, found 0.0"),
+    ({"rate": 0.0}, r"VictimConfig rate, clip: expected > 0, found \(0.0, 5.0\)"),
+    ({"warm_up": 1.0}, r"VictimConfig.warm_up: expected in \[0, 1\), found 1.0"),
     ({"radius": -1.0}, r"VictimConfig radius, ascents: expected >= 0, > 0, found \(-1.0, 5\)"),
     ({"precision": "half"}, "VictimConfig.precision: expected one of auto, float32, bfloat16, found half"),
     ({"crop": -1}, "VictimConfig.crop: expected >= 0 pixels, found -1"),
