@@ -83,6 +83,15 @@ def poison_any_class(clean: ImageSet, trigger: Callable[[Tensor], Tensor], attac
     return PoisonedSet(images, labels, poisoned, clean.num_classes, attack, parameters, target, seed, trigger)
 
 
+def draw_decoys(found: PoisonedSet, share: float, *, generator: torch.Generator) -> Tensor:
+    """(D,) ascending: round(share * poisoned) of the images that are not poisoned, or all where they are fewer."""
+    free = torch.ones(len(found.images), dtype=torch.bool, device=found.images.device)
+    free[found.poisoned] = False
+    others = free.nonzero()[:, 0]
+    order = torch.randperm(len(others), generator=generator)[:round(share * len(found.poisoned))]
+    return others[order.to(others.device)].sort().values
+
+
 def check_images(images: Tensor) -> None:
     """What every trigger is applied to: (N, C, H, W) uint8."""
     expect(images.ndim == 4 and images.dtype == torch.uint8, "images", "(N, C, H, W) uint8",

@@ -17,7 +17,7 @@ from torch.nn.functional import grid_sample, interpolate
 
 from data.errors import expect
 from data.image_sets import ImageSet
-from data.poisoned_sets import PoisonedSet, check_images, poison_any_class
+from data.poisoned_sets import PoisonedSet, check_images, draw_decoys, poison_any_class
 
 BLOCK = 256  # images warped at a time: bounds the memory
 
@@ -82,11 +82,7 @@ def poison(clean: ImageSet, config: WaNetConfig, *, ratio: float, target: int, s
     field = draw_field(*clean.images.shape[2:], config, generator=generator)
     found = poison_any_class(clean, partial(apply_trigger, field=field), "wanet", asdict(config),
                              ratio=ratio, target=target, seed=seed)
-    free = torch.ones(len(clean.images), dtype=torch.bool, device=clean.images.device)
-    free[found.poisoned] = False
-    others = free.nonzero()[:, 0]
-    order = torch.randperm(len(others), generator=generator)[:round(config.noise * len(found.poisoned))]
-    decoys = others[order.to(others.device)].sort().values
+    decoys = draw_decoys(found, config.noise, generator=generator)
     if len(decoys) > 0:
         found.images[decoys] = apply_noisy(clean.images[decoys], field, config, generator=generator)
     return replace(found, decoys=decoys)
