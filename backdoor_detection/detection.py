@@ -1,60 +1,162 @@
-"""From a model and a folder of clean images to a verdict: draw images, move features, test the margins."""
+"""The shipped detector: from a model and a folder of clean images to a verdict, before a deadline.
+
+One universal perturbation a class (`universal.py`), then the question whether the class that reaches furthest
+stands out from the others (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
+"""
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
-from backdoor_detection.clean_images import draw_images, image_paths, read_transformed
-from backdoor_detection.margins import ReportConfig, class_margins
-from backdoor_detection.outlier import outlier_p_value
-from backdoor_detection.split_model import SplitModel, input_channels
+from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
+from backdoor_detection.outlier import deleted_residual_p_value
+from backdoor_detection.split_model import check_classes, frozen_copy, input_channels
+from backdoor_detection.universal import UniversalConfig, universal_reach
 from data.devices import chosen_device
 from data.errors import expect
 
-SEED = 0  # of the images drawn for a shipped verdict
+SEED = 0            # of the images drawn for a shipped verdict
+PLANNED = 0.7       # share of the time left that a plan may fill: later blocks may be slower than the timed one
+SMALLEST_SIDE = 32  # pixels below which images are not shrunk to save time
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What a verdict does where time allows. alarm is the one constant that was tuned."""
+
+    alarm: float = 0.05          # backdoored below this p
+    deadline_s: float = 55.0     # seconds from the call to the answer
+    reach: UniversalConfig = field(default_factory=UniversalConfig)
+
+    def __post_init__(self) -> None:
+        expect(0 < self.alarm < 1, "DetectorConfig.alarm", "in (0, 1)", self.alarm)
+        expect(self.deadline_s > 0, "DetectorConfig.deadline_s", "> 0 seconds", self.deadline_s)
 
 
 @dataclass(frozen=True)
 class Detection:
-    """p_value: of the largest margin, small = suspicious. margins: (K,) CPU. suspect: its class."""
+    """p_value: of the largest margin, small = suspicious. margins: (K,) CPU. suspect: its class.
+
+    kept: classes that were followed to the end. How far the time reached: `images` of pixels `side`, `steps` of
+    the `steps_asked`; seconds in all.
+    """
 
     backdoored: bool
     p_value: float
     margins: Tensor
     suspect: int
+    kept: tuple[int, ...] = ()
+    images: int = 0
+    side: int = 0
+    steps: int = 0
+    steps_asked: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Images, their shrinking (side divided by it), gradient steps and classes to follow."""
+
+    images: int
+    shrink: int
+    steps: int
+    kept: int
+
+    def passes(self, num_classes: int) -> float:
+        """Images through the network and back, in images of full size."""
+        kept = min(self.kept, num_classes)
+        return self.images * (num_classes + kept * self.steps) / self.shrink ** 2
 
 
 def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable,
-           config: ReportConfig, *, generator: torch.Generator) -> Detection:
+           config: DetectorConfig, *, generator: torch.Generator,
+           clock: Callable[[], float] = time.perf_counter) -> Detection:
     """Judge `model` on its own device. Model, transform and global random state stay as they are.
 
     generator: on the CPU. Raises InputError for a folder without images, an unreadable image, a transform
     that fails or gives something else, and a class count that is not the model's.
     """
-    expect(num_classes >= 2, "num_classes", ">= 2", num_classes)
-    split = SplitModel(model)
-    outputs = getattr(model.linear, "out_features", num_classes)
-    expect(outputs == num_classes, "num_classes", f"{outputs}, as the model puts out", num_classes)
-    paths = image_paths(images_folder)
-    draws = [draw_images(len(paths), config.images, generator=generator) for _ in range(num_classes)]
-    used, places = torch.cat(draws).unique(return_inverse=True)
+    start = clock()
+    check_classes(model, num_classes)
+    given = read_clean_images(images_folder, transformation, size=None, channels=input_channels(model),
+                              generator=generator)
+    network = frozen_copy(model)
     device = next(model.parameters()).device
-    pixels = read_transformed([paths[i] for i in used.tolist()], transformation, size=config.size,
-                              channels=input_channels(model), generator=generator)
-    with torch.no_grad():
-        features = torch.cat([split.stem(part.to(device)) for part in pixels.split(config.images)])
-    margins = class_margins(split.trunk, features, places.to(device).split(config.images), config).cpu()
-    p_value = outlier_p_value(margins)
-    return Detection(p_value < config.alarm, p_value, margins, int(margins.argmax()))
+    left = config.deadline_s - (clock() - start)
+    plan = _fitting_plan(_seconds_per_image(network, given, device, clock), num_classes, left, given, config.reach)
+    pixels, labels = _chosen(network, given, plan, num_classes, device, generator=generator)
+    reach = replace(config.reach, images=len(pixels), steps=plan.steps, kept=plan.kept)
+    longest, last = 0.0, clock()
+
+    def late() -> bool:
+        nonlocal longest, last
+        now = clock()
+        longest, last = max(longest, now - last), now
+        return now + 1.5 * longest > start + config.deadline_s
+
+    found = universal_reach(network, pixels, labels, given.std.to(device), num_classes, reach, late=late)
+    p_value = _p_value(found.margins, found.kept)
+    suspect = max(found.kept, key=lambda k: float(found.margins[k]))
+    return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(pixels),
+                     pixels.shape[-1], found.steps, config.reach.steps, clock() - start)
 
 
 def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable) -> Detection:
-    """The shipped verdict: the report's numbers, a fixed draw of images, a copy of `model` on the chosen device."""
+    """The shipped verdict: fixed settings, a fixed draw of images, a copy of `model` on the chosen device."""
     generator = torch.Generator().manual_seed(SEED)
     on_device = copy.deepcopy(model).to(chosen_device())
-    return detect(on_device, num_classes, images_folder, transformation, ReportConfig(), generator=generator)
+    return detect(on_device, num_classes, images_folder, transformation, DetectorConfig(), generator=generator)
+
+
+def _p_value(margins: Tensor, kept: tuple[int, ...]) -> float:
+    """Of the followed class that reached furthest, the largest of all classes; 1 where nothing can be compared."""
+    followed = margins[list(kept)]
+    if len(followed) < 3 or not followed.isfinite().all():
+        return 1.0
+    return deleted_residual_p_value(followed, len(margins))
+
+
+def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,
+            generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The plan's images on the device, and their labels: as named, else as the network sees them."""
+    places = draw_balanced(given.labels.tolist(), plan.images, generator=generator)
+    pixels = given.pixels[places].to(device)
+    labels = given.labels[places].to(device)
+    if plan.shrink > 1:
+        pixels = avg_pool2d(pixels, plan.shrink)
+    unknown = (labels < 0) | (labels >= num_classes)
+    if unknown.any():
+        with torch.no_grad():
+            labels = torch.where(unknown, network(pixels).argmax(1), labels)
+    return pixels, labels
+
+
+def _seconds_per_image(network: nn.Module, given: CleanImages, device: torch.device,
+                       clock: Callable[[], float]) -> float:
+    """Of one pass forward and back, the better of two: the first also warms the device up."""
+    image = given.pixels[:1].to(device).contiguous(memory_format=torch.channels_last)
+    times = []
+    for _ in range(2):
+        begin = clock()
+        free = image.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(network(free).sum(), free)
+        gradient.sum().item()  # waits for the device
+        times.append(clock() - begin)
+    return min(times)
+
+
+def _fitting_plan(seconds: float, num_classes: int, left: float, given: CleanImages, asked: UniversalConfig) -> Plan:
+    """The most thorough plan that fits the time, else the quickest."""
+    images = min(asked.images, len(given.pixels))
+    side = min(given.pixels.shape[-2:])
+    plans = [Plan(max(1, images // fewer), shrink, max(3, asked.steps // fewer), max(4, asked.kept // fewer))
+             for shrink in (1, 2, 4) if shrink == 1 or side // shrink >= SMALLEST_SIDE for fewer in (1, 2, 4)]
+    plans.sort(key=lambda plan: -plan.passes(num_classes))
+    return next((plan for plan in plans if plan.passes(num_classes) * seconds <= PLANNED * left), plans[-1])

@@ -1,5 +1,9 @@
 """Does one class stand out from the others? A p-value of the largest margin from a null fitted to the others.
 
+Normal null: the largest is one more draw beside the others, both mean and spread of which are only estimated, so
+its distance has Student's t distribution (the deleted residual; Grubbs, Technometrics 1969), and with normal
+margins a threshold on p raises false alarms at that rate whatever the number of classes.
+
 Exponential null: location = the others' smallest, scale = their mean above it (the maximum-likelihood fit of a
 shifted exponential), a contest variant. Gamma null: the original, Mm-Bd (Wang et al., IEEE S&P 2024,
 arXiv:2205.06900), with location, scale and shape by maximum likelihood.
@@ -12,9 +16,25 @@ import math
 import warnings
 
 import numpy as np
+from scipy.special import stdtr
 from torch import Tensor
 
 from data.errors import expect
+
+
+def deleted_residual_p_value(margins: Tensor, tried: int | None = None) -> float:
+    """p of the largest of n >= 3 margins under the normal null, in [0, 1]; small = one class stands out.
+
+    t = (max - mean of the others) / (their standard deviation * sqrt(1 + 1 / (n - 1))), with n - 2 degrees of
+    freedom; p = 1 - (1 - P(T > t)) ** tried. tried: classes that it is the largest of, n unless given.
+    """
+    largest, others = _largest_and_others(margins)
+    expect(len(others) >= 2, "margins", "at least three classes", len(margins))
+    mean = math.fsum(others) / len(others)
+    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in others) / (len(others) - 1) * (1 + 1 / len(others)))
+    if spread == 0:
+        return 1.0
+    return _p_of_largest(float(stdtr(len(others) - 1, -(largest - mean) / spread)), tried or len(margins))
 
 
 def outlier_p_value(margins: Tensor) -> float:

@@ -35,6 +35,13 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return net
 
 
+def check_classes(model: nn.Module, num_classes: int) -> None:
+    """InputError unless `num_classes` is at least 2 and, where the model has a last layer `linear`, its outputs."""
+    expect(num_classes >= 2, "num_classes", ">= 2", num_classes)
+    outputs = getattr(getattr(model, "linear", None), "out_features", num_classes)
+    expect(outputs == num_classes, "num_classes", f"{outputs}, as the model puts out", num_classes)
+
+
 def input_channels(model: nn.Module) -> int:
     """Channels that the model's first convolution takes; 3 where it has none."""
     return next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 3)

@@ -49,15 +49,16 @@ def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, device: torch
     checksums = {name: _checksum(*sets[name]) for name in {job.set_name for job in jobs}}
     prints = {job.name: fingerprint(json.dumps(job.settings(), sort_keys=True), checksums[job.set_name])
               for job in jobs}
-    records = _finished(folder, prints)
+    by_name = {job.name: job for job in jobs}
+    records = {name: _judged(record, by_name[name]) for name, record in _finished(folder, prints).items()}
     tasks = [(folder / job.name, *sets[job.set_name], job, prints[job.name], device)
              for job in jobs if job.name not in records]
     _write_records(folder, jobs, records)
     for name, record in _built(tasks, workers):
-        records[name] = record
+        records[name] = _judged(record, by_name[name])
         _write_records(folder, jobs, records)
         if progress:
-            progress(name, record)
+            progress(name, records[name])
     return {job.name: records[job.name] for job in jobs}
 
 
@@ -80,6 +81,12 @@ def _built(tasks: Sequence[tuple], workers: int) -> Iterator[tuple[str, dict[str
 
 def _die_on_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user; a trace from each worker would not help
+
+
+def _judged(record: dict[str, Any], job: ZooJob) -> dict[str, Any]:
+    """The record with its failure, if any: floors may change, weights need not."""
+    failed = job.failure(record)
+    return {**record, "failed": failed} if failed else record
 
 
 def _checksum(train: ImageSet, test: ImageSet) -> int:
@@ -136,21 +143,10 @@ def _train_and_write(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob,
         "radius": job.victim.radius, "widths": list(job.victim.widths), "seed": job.seed,
         "seconds": round(time.perf_counter() - start, 1), "fingerprint": print_,
     }
-    failed = _failure(record, job)
-    if failed:
-        record["failed"] = failed
     with new_folder(folder) as scratch:
         _write_sample(scratch, model, test, job.victim, backdoored=bad is not None, generator=generator)
         write_json(scratch / RECORD, record)
     return record
-
-
-def _failure(record: dict[str, Any], job: ZooJob) -> str:
-    if record["ACC"] < job.floor_accuracy:
-        return f"ACC {record['ACC']:.4f} below {job.floor_accuracy}"
-    if record["ASR"] is not None and record["ASR"] < job.floor_success:
-        return f"ASR {record['ASR']:.4f} below {job.floor_success}"
-    return ""
 
 
 def _write_sample(folder: Path, model: nn.Module, test: ImageSet, victim: VictimConfig, *, backdoored: bool,

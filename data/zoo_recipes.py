@@ -86,8 +86,17 @@ class ZooJob:
     floor_success: float
 
     def settings(self) -> dict[str, Any]:
-        """What decides the model's weights, as JSON values."""
-        return {**asdict(self), "parameters": dict(self.parameters)}
+        """What decides the model's weights, as JSON values: everything but the floors."""
+        every = {**asdict(self), "parameters": dict(self.parameters)}
+        return {key: value for key, value in every.items() if not key.startswith("floor")}
+
+    def failure(self, record: Mapping[str, Any]) -> str:
+        """Why a model with these measured ACC and ASR does not count; empty where it does."""
+        if record["ACC"] < self.floor_accuracy:
+            return f"ACC {record['ACC']:.4f} below {self.floor_accuracy}"
+        if record["ASR"] is not None and record["ASR"] < self.floor_success:
+            return f"ASR {record['ASR']:.4f} below {self.floor_success}"
+        return ""
 
 
 def read_recipe(name: str) -> Recipe:

@@ -15,6 +15,7 @@ from submit.rules import rules
 from submit.score_run import Outcome
 from submit.scoring import IMAGE_METRICS, PIXEL_METRICS
 
+FEW_CLASSES = 10
 PLAIN_WIDTH = 120  # columns where stdout is no terminal
 DEV_NOTE = ("dev: built-in practice data, not the contest's; the place only shows where that value stood in its "
             "final table.")
@@ -47,8 +48,8 @@ def print_outcomes(outcomes: list[Outcome], record: Path) -> None:
     """The one table; for a single task its details; then notes, problems (stderr) and the record's path."""
     out = console()
     out.print(_summary(outcomes))
-    if len(outcomes) == 1:
-        details = DETAILS[outcomes[0].task](outcomes[0].result.parts)
+    for outcome in outcomes:
+        details = DETAILS[outcome.task](outcome.result.parts) if len(outcomes) == 1 or outcome.task in ALWAYS else None
         if details is not None:
             out.print(details)
     if any(outcome.dev for outcome in outcomes):
@@ -91,14 +92,21 @@ def _category_table(parts: list[dict]) -> Table:
 
 
 def _model_table(parts: list[dict]) -> Table:
-    table = Table("model", "truth", "verdict", "p", "suspect", "largest margins (class: margin)")
+    table = Table("model", "truth", "verdict", "p", "suspect", "margin by class [suspect]")
     for part in parts:
-        margins = sorted(enumerate(part.get("margins", ())), key=lambda item: -item[1])[:4]
         verdict = ("backdoored" if part["backdoored"] else "clean") + ("" if part["correct"] else "  (wrong)")
         p = part.get("p_value")
         table.add_row(part["model"], part["attack"], verdict, "-" if p is None else f"{p:.3f}",
-                      str(part.get("suspect", "-")), ", ".join(f"{k}: {m:.1f}" for k, m in margins))
+                      str(part.get("suspect", "-")), _margins(part.get("margins", []), part.get("suspect")))
     return table
+
+
+def _margins(margins: list[float], suspect: int | None) -> str:
+    """All of up to ten classes in their order; of more the four largest, each after its class."""
+    if len(margins) <= FEW_CLASSES:
+        return " ".join(f"[{m:.0f}]" if k == suspect else f"{m:.0f}" for k, m in enumerate(margins))
+    largest = sorted(enumerate(margins), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{k}: {m:.1f}" for k, m in largest)
 
 
 def _query_table(parts: list[dict]) -> Table | None:
@@ -111,4 +119,5 @@ def _query_table(parts: list[dict]) -> Table | None:
     return table
 
 
+ALWAYS = ("backdoor",)  # shown beside the other tasks too: a dozen lines, and the margins explain the verdicts
 DETAILS = {"retrieval": _query_table, "anomaly": _category_table, "backdoor": _model_table}

@@ -30,7 +30,9 @@ def predict(name: str, model: ZooModel, folder: Path) -> None:
     found = judge(load_model(model), model.num_classes, model.images_folder, model.transformation)
     write_json(folder / f"{name}.json", {
         "backdoored": int(found.backdoored), "p_value": float(found.p_value), "suspect": int(found.suspect),
-        "margins": [round(float(margin), 4) for margin in found.margins]})
+        "margins": [round(float(margin), 4) for margin in found.margins],
+        "kept": list(found.kept), "images": found.images, "side": found.side, "steps": found.steps,
+        "steps_asked": found.steps_asked, "seconds": round(found.seconds, 3)})
 
 
 def evaluate(split: Split, folder: Path, seed: int) -> Result:
