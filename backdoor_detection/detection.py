@@ -24,6 +24,7 @@ from data.errors import expect
 
 SEED = 0            # of the images drawn for a shipped verdict
 PLANNED = 0.7       # share of the time left that a plan may fill: later blocks may be slower than the timed one
+BLOCK_SHARE = 0.1   # of the time left that one block may take, by the timed pass
 SMALLEST_SIDE = 32  # pixels below which images are not shrunk to save time
 
 
@@ -72,7 +73,7 @@ class Plan:
     def passes(self, num_classes: int) -> float:
         """Images through the network and back, in images of full size."""
         kept = min(self.kept, num_classes)
-        return self.images * (num_classes + kept * self.steps) / self.shrink ** 2
+        return self.images * (2 * num_classes + kept * (self.steps - 1)) / self.shrink ** 2
 
 
 def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable,
@@ -89,18 +90,13 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
                               generator=generator)
     network = frozen_copy(model)
     device = next(model.parameters()).device
-    left = config.deadline_s - (clock() - start)
-    plan = _fitting_plan(_seconds_per_image(network, given, device, clock), num_classes, left, given, config.reach)
+    seconds = _seconds_per_image(network, given, device, clock)
+    left = start + config.deadline_s - clock()
+    plan = _fitting_plan(seconds, num_classes, left, given, config.reach)
     pixels, labels = _chosen(network, given, plan, num_classes, device, generator=generator)
-    reach = replace(config.reach, images=len(pixels), steps=plan.steps, kept=plan.kept)
-    longest, last = 0.0, clock()
-
-    def late() -> bool:
-        nonlocal longest, last
-        now = clock()
-        longest, last = max(longest, now - last), now
-        return now + 1.5 * longest > start + config.deadline_s
-
+    reach = replace(config.reach, images=len(pixels), steps=plan.steps, kept=plan.kept,
+                    block=_timely_block(seconds, left, given, config.reach))
+    late = _Deadline(start + config.deadline_s, device, clock)
     found = universal_reach(network, pixels, labels, given.std.to(device), num_classes, reach, late=late)
     p_value = _p_value(found.margins, found.kept)
     suspect = max(found.kept, key=lambda k: float(found.margins[k]))
@@ -113,6 +109,21 @@ def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transfo
     generator = torch.Generator().manual_seed(SEED)
     on_device = copy.deepcopy(model).to(chosen_device())
     return detect(on_device, num_classes, images_folder, transformation, DetectorConfig(), generator=generator)
+
+
+class _Deadline:
+    """Called between blocks: True where another, half as long again as the longest so far, would end after `end`."""
+
+    def __init__(self, end: float, device: torch.device, clock: Callable[[], float]) -> None:
+        self.end, self.device, self.clock = end, device, clock
+        self.longest, self.last = 0.0, clock()
+
+    def __call__(self) -> bool:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else the clock would time the queueing alone
+        now = self.clock()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        return now + 1.5 * self.longest > self.end
 
 
 def _p_value(margins: Tensor, kept: tuple[int, ...]) -> float:
@@ -156,7 +167,14 @@ def _fitting_plan(seconds: float, num_classes: int, left: float, given: CleanIma
     """The most thorough plan that fits the time, else the quickest."""
     images = min(asked.images, len(given.pixels))
     side = min(given.pixels.shape[-2:])
-    plans = [Plan(max(1, images // fewer), shrink, max(3, asked.steps // fewer), max(4, asked.kept // fewer))
+    pair, few = min(2, images), min(3, asked.steps)  # of two labels, so that every class has images of another
+    plans = [Plan(max(pair, images // fewer), shrink, max(few, asked.steps // fewer), max(4, asked.kept // fewer))
              for shrink in (1, 2, 4) if shrink == 1 or side // shrink >= SMALLEST_SIDE for fewer in (1, 2, 4)]
     plans.sort(key=lambda plan: -plan.passes(num_classes))
     return next((plan for plan in plans if plan.passes(num_classes) * seconds <= PLANNED * left), plans[-1])
+
+
+def _timely_block(seconds: float, left: float, given: CleanImages, asked: UniversalConfig) -> int:
+    """Pixel values through the network at once: of a time that the deadline can be asked in between."""
+    images = BLOCK_SHARE * left / max(seconds, 1e-9)
+    return max(1, min(asked.block, int(images * given.pixels[0].numel())))

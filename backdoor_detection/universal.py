@@ -38,7 +38,8 @@ class UniversalConfig:
 class Reach:
     """margins: (K,) mean margin of each class after its last step; 0 where not one sweep was done in time.
 
-    kept: classes that went on to the end, ascending. steps: of `steps_asked` that all kept classes did before the time was up. All on the CPU.
+    kept: classes that went on to the end, ascending; never one that all images belong to, which keeps its 0.
+    steps: of `steps_asked`, that all kept classes did before the time was up. On the CPU.
     """
 
     margins: Tensor
@@ -61,8 +62,10 @@ class _Climb:
     def logits(self, moved: Tensor) -> Tensor:
         """(k, N, K) of all images under each of k perturbations."""
         shifted = self.pixels + moved[:, None] / self.std
-        return self.network(shifted.flatten(0, 1).contiguous(memory_format=torch.channels_last)) \
-            .view(len(moved), len(self.pixels), -1)
+        logits = self.network(shifted.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        expect(logits.shape[1] == len(self.moved), "num_classes", f"{logits.shape[1]}, as the model puts out",
+               len(self.moved))
+        return logits.view(len(moved), len(self.pixels), -1)
 
     def margins(self, classes: Tensor, moved: Tensor) -> Tensor:
         """(k,) mean over the images of other classes of the class's logit minus the largest other."""
@@ -70,7 +73,7 @@ class _Climb:
         at = classes.view(-1, 1, 1).expand(-1, len(self.pixels), 1)
         margins = (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]
         others = (self.labels != classes[:, None]).float()
-        return (margins * others).sum(1) / others.sum(1).clamp(min=1)
+        return (margins * others).sum(1) / others.sum(1)
 
     def step(self, classes: Tensor, length: float) -> tuple[Tensor, Tensor]:
         """Margins of `classes` before a step of `length` bounds, and their next perturbations."""
@@ -92,10 +95,12 @@ def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels:
 
     network: (B, C, H, W) normalised images to (B, K) logits, frozen. pixels: (N, C, H, W) normalised. labels:
     (N,), an image of the class itself does not count for it. std: (C,) of the normalisation, which the radius is
-    measured under. late: asked between blocks; a sweep it cuts off does not count.
+    measured under. late: asked between blocks; a sweep it cuts off does not count. Raises InputError where the
+    network has not `num_classes` outputs.
     """
     climb = _Climb(network, pixels, labels, std, num_classes, config)
     classes = torch.arange(num_classes, device=pixels.device)
+    classes = classes[(labels != classes[:, None]).any(1)]
     best = pixels.new_zeros(num_classes)
     done = 0
     for sweep in range(config.steps + 1):
@@ -103,8 +108,8 @@ def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels:
         if found is None:
             break
         best[classes], done = found, sweep
-        if sweep == 1 and num_classes > config.kept:
-            classes = _spread(found, config.kept)
+        if sweep == 1 and len(classes) > config.kept:
+            classes = classes[_spread(found, config.kept)]
     return Reach(best.cpu(), tuple(classes.tolist()), done, config.steps)
 
 

@@ -104,7 +104,7 @@ def _model_table(parts: list[dict]) -> Table:
 def _margins(margins: list[float], suspect: int | None) -> str:
     """All of up to ten classes in their order; of more the four largest, each after its class."""
     if len(margins) <= FEW_CLASSES:
-        return " ".join(f"[{m:.0f}]" if k == suspect else f"{m:.0f}" for k, m in enumerate(margins))
+        return " ".join(f"[{round(m)}]" if k == suspect else str(round(m)) for k, m in enumerate(margins))
     largest = sorted(enumerate(margins), key=lambda item: -item[1])[:4]
     return ", ".join(f"{k}: {m:.1f}" for k, m in largest)
 

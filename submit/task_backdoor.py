@@ -28,6 +28,7 @@ def predict(name: str, model: ZooModel, folder: Path) -> None:
     from backdoor_detection.detection import judge
 
     found = judge(load_model(model), model.num_classes, model.images_folder, model.transformation)
+    expect(found.margins.isfinite().all(), model.folder, "a network with finite outputs", "NaN or infinity")
     write_json(folder / f"{name}.json", {
         "backdoored": int(found.backdoored), "p_value": float(found.p_value), "suspect": int(found.suspect),
         "margins": [round(float(margin), 4) for margin in found.margins],
