@@ -7,7 +7,7 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import expon
 
-from backdoor_detection.outlier import gamma_p_value, outlier_p_value
+from backdoor_detection.outlier import deleted_residual_p_value, gamma_p_value, outlier_p_value
 
 
 def by_scipy(margins):
@@ -57,7 +57,7 @@ def test_without_spread_there_is_no_alarm(margins):
     assert outlier_p_value(torch.tensor(margins)) == 1.0
 
 
-@pytest.mark.parametrize("p_value", [outlier_p_value, gamma_p_value])
+@pytest.mark.parametrize("p_value", [outlier_p_value, gamma_p_value, deleted_residual_p_value])
 def test_bad_margins_are_named(refuses, p_value):
     with refuses(r"margins: expected finite numbers, found \[1\.0, nan\]"):
         p_value(torch.tensor([1.0, float("nan")]))
@@ -120,3 +120,55 @@ def test_without_a_fit_the_gamma_test_does_not_alarm(monkeypatch, fit):
     [1.0, 1.0, 1.0, 1.0000001, 2.0], [0.0, 1e-6, 1e-6, 1e6, 1e6 + 1]])
 def test_odd_margins_still_give_a_probability_without_a_warning(margins):
     assert 0 <= gamma_p_value(torch.tensor(margins, dtype=torch.float64)) <= 1
+
+
+def by_student(margins, tried):
+    """The same test through scipy's t distribution and NumPy's variance of the others."""
+    others = np.sort(margins)[:-1]
+    t = (margins.max() - others.mean()) / (others.std(ddof=1) * math.sqrt(1 + 1 / len(others)))
+    return 1 - scipy.stats.t(df=len(others) - 1).cdf(t) ** tried
+
+
+@pytest.mark.parametrize("classes", [3, 10, 43, 200])
+@pytest.mark.parametrize("tried", [None, 1000])
+def test_the_deleted_residual_agrees_with_student(classes, tried):
+    margins = torch.randn(classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64) * 4 - 9
+    expected = by_student(margins.numpy(), tried or classes)
+    assert deleted_residual_p_value(margins, tried) == pytest.approx(expected, rel=1e-9)
+    assert deleted_residual_p_value(margins * 7 - 300, tried) == pytest.approx(expected, rel=1e-6)  # scale and shift
+    assert 0.01 < expected <= 1
+
+
+def test_the_deleted_residual_by_hand():
+    # others 0, 2: mean 1, deviation sqrt(2), times sqrt(1.5) = sqrt(3); t = (4 - 1) / sqrt(3) = sqrt(3), one degree
+    # of freedom: P(T > sqrt(3)) = 1/2 - atan(sqrt(3)) / pi = 1/6; p = 1 - (5/6)^3
+    assert deleted_residual_p_value(torch.tensor([0.0, 4.0, 2.0])) == pytest.approx(1 - (5 / 6) ** 3)
+    # others 1, 2, 3: mean 2, deviation 1, times sqrt(4/3); t = (8 - 2) / sqrt(4/3) = sqrt(27), two degrees of freedom:
+    # P(T > t) = (1 - t / sqrt(2 + t^2)) / 2
+    beyond = (1 - math.sqrt(27 / 29)) / 2
+    assert deleted_residual_p_value(torch.tensor([3.0, 1.0, 8.0, 2.0])) == pytest.approx(1 - (1 - beyond) ** 4)
+
+
+@pytest.mark.parametrize("classes", [5, 10, 43, 100])
+def test_normal_margins_raise_false_alarms_at_the_level_named(classes):
+    drawn = torch.randn(2000, classes, generator=torch.Generator().manual_seed(classes)) * 3 + 5
+    p_values = np.array([deleted_residual_p_value(margins) for margins in drawn])
+    assert np.mean(p_values < 0.05) == pytest.approx(0.05, abs=0.015)  # three standard errors
+
+
+def test_a_class_that_stands_out_has_a_small_deleted_residual_p():
+    others = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    far = [deleted_residual_p_value(torch.cat([others, torch.tensor([m])])) for m in (3.0, 6.0, 12.0, 1e6)]
+    assert far == sorted(far, reverse=True) and far[1] < 0.05 and 0 < far[3] < 1e-30
+    low = torch.cat([others, torch.tensor([-50.0])])  # standing out below is no alarm
+    assert deleted_residual_p_value(low) > 0.05
+
+
+@pytest.mark.parametrize("margins", [[2.0, 2.0, 2.0], [3.0, 3.0, 8.0], [1.0, 1.0, 1.0, 1.0]])
+def test_without_spread_the_deleted_residual_does_not_alarm(margins):
+    assert deleted_residual_p_value(torch.tensor(margins)) == 1.0
+
+
+def test_the_deleted_residual_needs_three_classes(refuses):
+    with refuses("margins: expected at least three classes, found 2"):
+        deleted_residual_p_value(torch.tensor([1.0, 9.0]))

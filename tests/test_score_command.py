@@ -2,25 +2,32 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import anomaly.predict
 import backdoor_detection.detection
 import retrieval.predict
 from anomaly.score_files import write_scores
+from backdoor_detection.detection import Detection
 from data.anomaly_tree import read_tree
 from data.errors import InputError
 from data.files import write_json
+from data.model_zoo import read_zoo
 from submit.cli import main
-from submit.dev_splits import DIGITS_ZOO
+from submit.dev_splits import dev_split
 from submit.score_run import score_task
+from submit.tables import _margins
 
 CALLS: list[str] = []
+ZOO = dev_split("backdoor", 0)
+NAMES = [model.name for model in read_zoo(ZOO).models]
+SHARE = 100 * sum(model.ground_truth == 0 for model in read_zoo(ZOO).models) / len(NAMES)  # right if all are accused
 
 
 def run(capsys, *arguments):
@@ -90,8 +97,9 @@ def stand_ins(monkeypatch, tmp_path):
                         lambda df: embed([Path(p).name for p in df["target_image"]]))
     monkeypatch.setattr(retrieval.predict, "encode_queries",
                         lambda df: embed([{"add cup": "b", "add pan": "c"}.get(t, "c") for t in df["query_text"]]))
-    monkeypatch.setattr(backdoor_detection.detection, "judge", lambda *_: SimpleNamespace(
-        backdoored=True, p_value=0.01, suspect=3, margins=[1.0, 2.0]))
+    monkeypatch.setattr(backdoor_detection.detection, "judge", lambda *_: Detection(
+        True, 0.01, torch.tensor([1.0, 2.0, -0.4, 3.00004]), 1, (0, 1, 3), images=24, side=32, steps=7, steps_asked=10,
+        seconds=1.23456))
 
 
 def test_retrieval_is_predicted_scored_and_recorded(capsys, scenes, tmp_path):
@@ -256,25 +264,60 @@ def test_a_place_that_cannot_be_written(capsys, scenes, tmp_path, monkeypatch):
 
 def test_verdicts_on_models(capsys, tmp_path):
     status, out, _ = run(capsys, "score", "backdoor")
-    assert status == 0 and "50.00" in out and "(dev)" in out and "1: 2.0, 0: 1.0" in out
+    assert status == 0 and f"{SHARE:.2f}" in out and "(dev)" in out and "1 [2] 0 3" in out
     folder = tmp_path / "mine"
-    names = sorted(p.name for p in DIGITS_ZOO.iterdir() if p.is_dir())
-    for name in names[1:]:
+    for name in NAMES[1:]:
         write_json(folder / f"{name}.json", {"backdoored": 1})
     status, out, err = run(capsys, "score", "backdoor", "--predictions", folder)
-    assert status == 1 and f"{names[0]}.json: expected a verdict on the model, found no such file" in err
-    write_json(folder / f"{names[0]}.json", {"backdoored": 2})
-    (folder / f"{names[1]}.json").write_text("{")
+    assert status == 1 and f"{NAMES[0]}.json: expected a verdict on the model, found no such file" in err
+    write_json(folder / f"{NAMES[0]}.json", {"backdoored": 2})
+    (folder / f"{NAMES[1]}.json").write_text("{")
     _, _, err = run(capsys, "score", "backdoor", "--predictions", folder)
     assert "'backdoored': expected 1 (backdoored) or 0 (clean), found 2" in err
-    assert f"{names[1]}.json: expected JSON, found" in err
+    assert f"{NAMES[1]}.json: expected JSON, found" in err
+
+
+def test_a_verdict_says_how_far_the_time_reached(capsys, tmp_path):
+    status, out, _ = run(capsys, "score", "backdoor", "--json")
+    assert status == 0
+    part = json.loads(out)["results"][0]["parts"][0]
+    assert (part["model"], part["p_value"], part["suspect"], part["margins"]) == (NAMES[0], 0.01, 1, [1, 2, -0.4, 3])
+    folder = next((tmp_path / "runs").glob("*-score-backdoor")) / "predictions" / "backdoor"
+    assert json.loads((folder / f"{NAMES[0]}.json").read_text()) == {
+        "backdoored": 1, "p_value": 0.01, "suspect": 1, "margins": [1.0, 2.0, -0.4, 3.0], "kept": [0, 1, 3],
+        "images": 24, "side": 32, "steps": 7, "steps_asked": 10, "seconds": 1.235}
+
+
+def test_a_network_without_finite_outputs_is_named_and_the_others_are_scored(capsys, monkeypatch):
+    """Bug: NaN margins cannot be written as JSON, and the whole run ended."""
+    quick = backdoor_detection.detection.judge
+    names = iter(NAMES)
+
+    def judge(*given):
+        found = quick(*given)
+        return replace(found, margins=found.margins / 0) if next(names) == NAMES[0] else found
+
+    monkeypatch.setattr(backdoor_detection.detection, "judge", judge)
+    status, out, err = run(capsys, "score", "backdoor")
+    assert status == 1 and f"{len(NAMES) - 1} models" in out
+    assert err.startswith(f"left out: {NAMES[0]}: ") and len(err.splitlines()) == 1
+    assert "expected a network with finite outputs, found NaN or infinity" in err
+
+
+@pytest.mark.parametrize(("margins", "suspect", "cell"), [
+    ([], None, ""), ([1.4, -0.4, 12.6], 2, "1 0 [13]"), ([1.0, 2.0], None, "1 2"),
+    ([float(k) for k in range(10)], 9, "0 1 2 3 4 5 6 7 8 [9]"),
+    ([0.0, 7.25, 3.0, -1.0, 5.0, 9.0, 1.0, 1.0, 2.0, -3.0, 8.0], 5, "5: 9.0, 10: 8.0, 1: 7.2, 4: 5.0"),
+])
+def test_margins_are_shown_by_class_or_the_four_largest(margins, suspect, cell):
+    assert _margins(margins, suspect) == cell
 
 
 def test_a_verdict_cannot_bring_its_own_truth(capsys, tmp_path):
-    for model in DIGITS_ZOO.glob("0*"):
-        write_json(tmp_path / "mine" / f"{model.name}.json", {"backdoored": 1, "ground_truth": 0, "correct": True})
+    for name in NAMES:
+        write_json(tmp_path / "mine" / f"{name}.json", {"backdoored": 1, "ground_truth": 0, "correct": True})
     _, out, _ = run(capsys, "score", "backdoor", "--predictions", tmp_path / "mine", "--json")
-    assert json.loads(out)["results"][0]["value"] == 50
+    assert json.loads(out)["results"][0]["value"] == pytest.approx(SHARE)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -286,11 +329,11 @@ def test_a_verdict_cannot_bring_its_own_truth(capsys, tmp_path):
 def test_malformed_verdicts_are_named(capsys, tmp_path, text, message):
     folder = tmp_path / "mine"
     folder.mkdir()
-    for model in DIGITS_ZOO.glob("0*"):
-        (folder / f"{model.name}.json").write_text('{"backdoored": 1}')
-    (folder / "000.json").write_text(text)
+    for name in NAMES:
+        (folder / f"{name}.json").write_text('{"backdoored": 1}')
+    (folder / f"{NAMES[0]}.json").write_text(text)
     status, _, err = run(capsys, "score", "backdoor", "--predictions", folder)
-    assert status == 1 and "000.json" in err and message in err and len(err.splitlines()) == 1
+    assert status == 1 and f"{NAMES[0]}.json" in err and message in err and len(err.splitlines()) == 1
 
 
 def test_brackets_in_a_text_are_shown_as_they_are(capsys, scenes):
@@ -318,10 +361,11 @@ def test_all_takes_a_folder_per_task(capsys, parts, scenes, tmp_path):
     every = tmp_path / "every"
     shutil.copytree(parts, every / "anomaly")
     shutil.copytree(scenes, every / "retrieval")
-    shutil.copytree(DIGITS_ZOO, every / "backdoor")
+    shutil.copytree(ZOO, every / "backdoor")
     status, out, err = run(capsys, "score", "all", "--data", every)
     assert (status, err) == (0, "")
     assert all(f"{task} " in out for task in ("retrieval", "anomaly", "backdoor"))
+    assert "1 [2] 0 3" in out and "found instead" not in out  # of the details only the margins by class
     run_folder = next((tmp_path / "runs").glob("*-score-all"))
     assert sorted(p.name for p in (run_folder / "predictions").iterdir()) == ["anomaly", "backdoor", "retrieval"]
 

@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from backdoor_detection.universal import STRIDE, UniversalConfig, universal_reach
+
+STD = torch.tensor([0.25, 0.5])
+LABELS = torch.tensor([0, 1, 2, 0, 3, 1])
+
+
+def a_network(classes=4, seed=0):
+    """Smooth and curved, so that gradients turn on the way."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(125, classes)).eval()
+
+
+@pytest.fixture(autouse=True)
+def global_state():
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def some_pixels(seed=1):
+    return torch.randn(len(LABELS), 2, 5, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def reach(network=None, pixels=None, labels=LABELS, classes=4, late=lambda: False, **config):
+    config = UniversalConfig(**{"steps": 4, **config})
+    return universal_reach(network or a_network(classes), some_pixels() if pixels is None else pixels, labels, STD,
+                           classes, config, late=late)
+
+
+def by_loops(network, pixels, labels, classes, steps, radius):
+    """(steps + 1, K) margins after each step: class by class, image by image, pixel values in [0, 1]."""
+    scale = STD.view(-1, 1, 1)
+    bound = radius * math.sqrt(pixels[0].numel())
+    rows = torch.zeros(steps + 1, classes)
+    for k in range(classes):
+        others = [i for i in range(len(pixels)) if labels[i] != k]
+        change = torch.zeros_like(pixels[0])
+        for step in range(steps + 1):
+            change = change.detach().requires_grad_(True)
+            total = 0
+            for i in others:
+                logits = network(((pixels[i] * scale + change) / scale)[None])[0]
+                total = total + logits[k] - max(logits[j] for j in range(classes) if j != k)
+            mean = total / len(others)
+            rows[step, k] = mean.detach()
+            (gradient,) = torch.autograd.grad(mean, change)
+            change = change.detach() + gradient / gradient.norm() * bound * (1 if step == 0 else STRIDE / steps)
+            if change.norm() > bound:
+                change = change / change.norm() * bound
+    return rows
+
+
+@pytest.mark.parametrize(("classes", "steps", "radius"), [(2, 1, 0.1), (4, 4, 0.1), (3, 6, 0.5)])
+def test_agrees_with_loops_over_classes_and_images(classes, steps, radius):
+    labels = LABELS.remainder(classes)
+    found = reach(labels=labels, classes=classes, steps=steps, radius=radius)
+    expected = by_loops(a_network(classes), some_pixels(), labels, classes, steps, radius)
+    torch.testing.assert_close(found.margins, expected[-1], rtol=1e-4, atol=1e-5)
+    assert (expected[-1] > expected[0] + 0.01).all()  # they do climb
+    assert (found.kept, found.steps, found.steps_asked) == (tuple(range(classes)), steps, steps)
+
+
+@pytest.mark.parametrize("block", [1, 700, 1 << 22])  # one class, two classes, all
+def test_the_block_size_is_for_memory_only(block):
+    torch.testing.assert_close(reach(block=block).margins, reach(block=900).margins, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_hold_as_many_images_as_allowed():
+    network, sizes = a_network(), []
+    reach(network=lambda x: sizes.append(len(x)) or network(x), block=2 * some_pixels().numel() + 1, steps=1)
+    assert sizes == [12, 12, 12, 12]  # two classes of six images, twice, before and after the step
+
+
+def test_equal_inputs_give_equal_results():
+    a, b = reach(), reach()
+    assert torch.equal(a.margins, b.margins) and a.kept == b.kept
+    assert not torch.equal(a.margins, reach(pixels=some_pixels(2)).margins)
+
+
+def test_an_image_does_not_count_for_its_own_class():
+    pixels = some_pixels()
+    pixels[LABELS == 1] += 1
+    before, after = reach().margins, reach(pixels=pixels).margins
+    assert before[1] == pytest.approx(after[1].item(), abs=1e-6)
+    assert ((before - after).abs()[[0, 2, 3]] > 1e-3).all()
+
+
+def test_a_class_that_all_images_belong_to_is_not_followed():
+    found = reach(labels=torch.full((6,), 2))
+    assert found.kept == (0, 1, 3) and found.margins[2] == 0
+    expected = by_loops(a_network(), some_pixels(), torch.full((6,), 9), 4, 4, 0.1)[-1]  # all images count
+    torch.testing.assert_close(found.margins[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("radius", [0.05, 0.4])
+def test_the_bound_holds_in_pixel_values(radius):
+    pixels, network, largest = some_pixels(), a_network(), []
+
+    def watched(x):
+        moved = (x.view(4, 6, 2, 5, 5) - pixels).detach() * STD.view(-1, 1, 1)
+        torch.testing.assert_close(moved, moved[:, :1].expand_as(moved), rtol=0, atol=1e-6)  # shared by all images
+        largest.append(moved.square().mean((2, 3, 4)).sqrt().max().item())
+        return network(x)
+
+    reach(watched, pixels, radius=radius)
+    assert largest[0] == 0 and largest[1:] == pytest.approx([radius] * 4, rel=1e-4)
+
+
+def test_screening_keeps_the_furthest_half_and_an_even_spread():
+    labels = torch.arange(6)
+    first = reach(labels=labels, classes=9, steps=1, kept=9).margins
+    whole = reach(labels=labels, classes=9, kept=9).margins
+    found = reach(labels=labels, classes=9, kept=4)
+    order = first.argsort(descending=True).tolist()
+    assert found.kept == tuple(sorted([order[0], order[1], order[2], order[8]])) and found.steps == 4
+    dropped = [k for k in range(9) if k not in found.kept]
+    torch.testing.assert_close(found.margins[list(found.kept)], whole[list(found.kept)], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.margins[dropped], first[dropped], rtol=1e-5, atol=1e-6)
+    assert reach(labels=labels, classes=9, kept=9).kept == tuple(range(9))
+
+
+@pytest.mark.parametrize(("classes", "kept"), [(5, 4), (17, 16), (43, 16), (100, 5)])
+def test_screening_keeps_the_number_asked_for(classes, kept):
+    found = reach(classes=classes, steps=2, kept=kept)
+    assert len(set(found.kept)) == kept and list(found.kept) == sorted(found.kept)
+    assert found.margins.argmax() in found.kept
+
+
+@pytest.mark.parametrize("calls", range(0, 13))
+def test_late_cuts_between_blocks_and_the_cut_sweep_does_not_count(calls):
+    """Four classes, a block each: four calls a sweep, three sweeps of two steps."""
+    asked = []
+
+    def late():
+        asked.append(None)
+        return len(asked) > calls
+
+    found = reach(steps=2, block=1, late=late)
+    expected = torch.cat([torch.zeros(1, 4), by_loops(a_network(), some_pixels(), LABELS, 4, 2, 0.1)])
+    torch.testing.assert_close(found.margins, expected[calls // 4], rtol=1e-4, atol=1e-5)
+    assert found.steps == max(0, calls // 4 - 1) and found.steps_asked == 2 and found.kept == (0, 1, 2, 3)
+    assert len(asked) == min(calls + 1, 12)  # nothing goes on after
+
+
+def test_late_at_once_asks_nothing_of_the_network():
+    def untouched(x):
+        raise AssertionError("the network was used")
+
+    found = reach(untouched, late=lambda: True)
+    assert found.margins.tolist() == [0, 0, 0, 0] and found.steps == 0 and found.kept == (0, 1, 2, 3)
+
+
+def test_a_network_without_slope_stays_where_it_is():
+    found = reach(lambda x: (x * 0).flatten(1)[:, :4])
+    assert found.margins.tolist() == [0, 0, 0, 0]
+
+
+def test_wrong_numbers_are_named(refuses):
+    with refuses("UniversalConfig.images: expected > 0, found 0"):
+        UniversalConfig(images=0)
+    with refuses("UniversalConfig.steps: expected > 0, found -1"):
+        UniversalConfig(steps=-1)
+    with refuses("UniversalConfig.radius: expected > 0, found 0.0"):
+        UniversalConfig(radius=0.0)
+    with refuses("UniversalConfig.block: expected > 0, found 0"):
+        UniversalConfig(block=0)
+    with refuses("UniversalConfig.kept: expected >= 4 classes, found 3"):
+        UniversalConfig(kept=3)
+    with refuses("num_classes: expected 4, as the model puts out, found 7"):
+        reach(a_network(4), classes=7)
