@@ -244,7 +244,7 @@ def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
     assert (found[0].images, found[0].side, found[0].steps, len(found[0].kept)) == (6, 64, 8, 8)
     costs = [f.images * f.side ** 2 * f.steps for f in found]
     assert costs == sorted(costs, reverse=True) and costs[0] > 20 * costs[-1]
-    assert all(f.seconds < 0.7 * DEADLINE + 8 * 0.5 and f.steps >= 3 and len(f.kept) >= 4 for f in found)  # and the timing
+    assert all(f.seconds < 0.7 * DEADLINE + 8 * 0.5 and f.steps >= 3 and len(f.kept) >= 4 for f in found)
     assert found[-1].side == 32 and found[-1].steps_asked == 8
 
 
