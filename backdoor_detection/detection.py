@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
-from backdoor_detection.outlier import deleted_residual_p_value
+from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value
 from backdoor_detection.split_model import check_classes, frozen_copy, input_channels
-from backdoor_detection.universal import UniversalConfig, universal_reach
+from backdoor_detection.universal import Reach, UniversalConfig, universal_reach
 from data.devices import chosen_device
 from data.errors import expect
 
@@ -43,7 +43,7 @@ class DetectorConfig:
 
 @dataclass(frozen=True)
 class Detection:
-    """p_value: of the largest margin, small = suspicious. margins: (K,) CPU. suspect: its class.
+    """p_value: that one class stands out, small = suspicious. margins: (K,) CPU. suspect: its class.
 
     kept: classes that were followed to the end. How far the time reached: `images` of pixels `side`, `steps` of
     the `steps_asked`; seconds in all.
@@ -63,17 +63,18 @@ class Detection:
 
 @dataclass(frozen=True)
 class Plan:
-    """Images, their shrinking (side divided by it), gradient steps and classes to follow."""
+    """Images, their shrinking (side divided by it), gradient steps under each of the bounds, classes to follow."""
 
     images: int
     shrink: int
     steps: int
     kept: int
+    bounds: int
 
     def passes(self, num_classes: int) -> float:
         """Images through the network and back, in images of full size."""
         kept = min(self.kept, num_classes)
-        return self.images * (2 * num_classes + kept * (self.steps - 1)) / self.shrink ** 2
+        return self.images * (2 * num_classes + kept * (self.steps * self.bounds - 1)) / self.shrink ** 2
 
 
 def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable,
@@ -98,10 +99,10 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
                     block=_timely_block(seconds, left, given, config.reach))
     late = _Deadline(start + config.deadline_s, device, clock)
     found = universal_reach(network, pixels, labels, given.std.to(device), num_classes, reach, late=late)
-    p_value = _p_value(found.margins, found.kept)
+    p_value = _p_value(found)
     suspect = max(found.kept, key=lambda k: float(found.margins[k]))
     return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(pixels),
-                     pixels.shape[-1], found.steps, config.reach.steps, clock() - start)
+                     pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
 
 
 def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable) -> Detection:
@@ -126,12 +127,22 @@ class _Deadline:
         return now + 1.5 * self.longest > self.end
 
 
-def _p_value(margins: Tensor, kept: tuple[int, ...]) -> float:
-    """Of the followed class that reached furthest, the largest of all classes; 1 where nothing can be compared."""
-    followed = margins[list(kept)]
-    if len(followed) < 3 or not followed.isfinite().all():
+def _p_value(found: Reach) -> float:
+    """That the class which reached furthest stands out from those that stand for all, over all stages.
+
+    1 where nothing can be compared: fewer than three classes to compare, or margins that are not finite.
+    """
+    followed = sorted({*found.kept})
+    if not found.stages[:, followed].isfinite().all():
         return 1.0
-    return deleted_residual_p_value(followed, len(margins))
+    values = []
+    for margins in found.stages:
+        furthest = max(followed, key=lambda k: float(margins[k]))
+        compared = sorted({furthest, *found.null})
+        if len(compared) < 3:
+            return 1.0
+        values.append(deleted_residual_p_value(margins[compared], margins.numel()))
+    return combined_p_value(values)
 
 
 def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,
@@ -167,8 +178,9 @@ def _fitting_plan(seconds: float, num_classes: int, left: float, given: CleanIma
     """The most thorough plan that fits the time, else the quickest."""
     images = min(asked.images, len(given.pixels))
     side = min(given.pixels.shape[-2:])
-    pair, few = min(2, images), min(3, asked.steps)  # of two labels, so that every class has images of another
-    plans = [Plan(max(pair, images // fewer), shrink, max(few, asked.steps // fewer), max(4, asked.kept // fewer))
+    pair = min(2, images)  # of two labels, so that every class has images of another
+    plans = [Plan(max(pair, images // fewer), shrink, max(1, asked.steps // fewer), max(5, asked.kept // fewer),
+                  len(asked.radii))
              for shrink in (1, 2, 4) if shrink == 1 or side // shrink >= SMALLEST_SIDE for fewer in (1, 2, 4)]
     plans.sort(key=lambda plan: -plan.passes(num_classes))
     return next((plan for plan in plans if plan.passes(num_classes) * seconds <= PLANNED * left), plans[-1])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import stdtr
@@ -35,6 +36,19 @@ def deleted_residual_p_value(margins: Tensor, tried: int | None = None) -> float
     if spread == 0:
         return 1.0
     return _p_of_largest(float(stdtr(len(others) - 1, -(largest - mean) / spread)), tried or len(margins))
+
+
+def combined_p_value(p_values: Sequence[float]) -> float:
+    """One p-value from several of the same question, however they depend on each other, in [0, 1].
+
+    Cauchy combination (Liu and Xie, JASA 2020, Eq. 2 with equal weights): 1/2 - arctan(mean tan((1/2 - p) pi)) / pi.
+    Departs from it: a p above 0.99 counts as 0.99, else a single p of 1 would outweigh all others.
+    """
+    expect(len(p_values) > 0 and all(0 <= p <= 1 for p in p_values), "p_values", "some in [0, 1]", list(p_values))
+    if min(p_values) == 1:
+        return 1.0
+    inside = [min(max(p, 1e-15), 0.99) for p in p_values]
+    return 0.5 - math.atan(math.fsum(math.tan((0.5 - p) * math.pi) for p in inside) / len(inside)) / math.pi
 
 
 def outlier_p_value(margins: Tensor) -> float:

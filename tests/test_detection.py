@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from backdoor_detection import detection
-from backdoor_detection.detection import DetectorConfig, Plan, detect
-from backdoor_detection.outlier import deleted_residual_p_value
-from backdoor_detection.universal import UniversalConfig
+from backdoor_detection.detection import DetectorConfig, Plan, _p_value, detect
+from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value
+from backdoor_detection.universal import Reach, UniversalConfig
 from data.preact_resnet import new_model
 
 TO_TENSOR = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
@@ -50,7 +50,7 @@ class Linear(nn.Module):
 
 
 def judged(model, folder, classes=4, transformation=TO_TENSOR, seed=0, clock=time.perf_counter, **config):
-    config = DetectorConfig(**{"reach": UniversalConfig(steps=5), **config})
+    config = DetectorConfig(**{"reach": UniversalConfig(steps=5, radii=(0.1,)), **config})
     return detect(model, classes, folder, transformation, config, generator=torch.Generator().manual_seed(seed),
                   clock=clock)
 
@@ -67,8 +67,9 @@ def test_a_class_that_one_small_shift_reaches_is_found(images, classes):
     assert (found.backdoored, found.suspect) == (True, target) and found.p_value < 0.05
     assert not plain.backdoored and plain.p_value > 0.05
     assert found.margins.shape == (classes,) and found.margins.argmax() == target
-    assert len(found.kept) == min(classes, 16) and target in found.kept
-    assert found.p_value == deleted_residual_p_value(found.margins[list(found.kept)], classes)
+    assert len(found.kept) == min(classes, 20) and target in found.kept
+    if classes <= 20:
+        assert found.p_value == pytest.approx(deleted_residual_p_value(found.margins, classes), rel=1e-6)
     assert (found.images, found.side, found.steps, found.steps_asked) == (12, 8, 5, 5)
 
 
@@ -228,7 +229,7 @@ def large_images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("large"), 6, (64, 64))
 
 
-REACH = UniversalConfig(images=6, steps=8, kept=8)
+REACH = UniversalConfig(images=6, steps=8, kept=8, radii=(0.1,))
 
 
 def timed(folder, seconds, slower=1.0, classes=10, **config):
@@ -244,14 +245,14 @@ def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
     assert (found[0].images, found[0].side, found[0].steps, len(found[0].kept)) == (6, 64, 8, 8)
     costs = [f.images * f.side ** 2 * f.steps for f in found]
     assert costs == sorted(costs, reverse=True) and costs[0] > 20 * costs[-1]
-    assert all(f.seconds < 0.7 * DEADLINE + 8 * 0.5 and f.steps >= 3 and len(f.kept) >= 4 for f in found)
+    assert all(f.seconds < 0.7 * DEADLINE + 8 * 0.5 and f.steps >= 2 and len(f.kept) >= 5 for f in found)
     assert found[-1].side == 32 and found[-1].steps_asked == 8
 
 
 @pytest.mark.parametrize("classes", [4, 10, 43])
 def test_a_plan_counts_what_is_done(large_images, classes):
     found, clock = timed(large_images, 1e-5, classes=classes)
-    counted = Plan(6, 1, 8, 8).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
+    counted = Plan(6, 1, 8, 8, 1).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
     assert clock.now - 1000 - 2 * 4 * 1e-5 == pytest.approx(counted)  # two images were timed before
     assert found.steps == 8
 
@@ -290,9 +291,18 @@ def test_without_time_the_answer_is_clean(large_images):
     assert found.kept == tuple(range(10)) and found.suspect == 0
 
 
-def test_fewer_steps_than_a_plans_least_stay_as_asked(large_images):
+def test_one_step_a_bound_stays_as_asked(large_images):
     for seconds in (1e-4, 0.5):
-        assert timed(large_images, seconds, reach=UniversalConfig(images=6, steps=2))[0].steps == 2
+        assert timed(large_images, seconds, reach=UniversalConfig(images=6, steps=1))[0].steps == 3
+
+
+def test_stages_are_weighed_together(images):
+    found = judged(Linear(10, 3), images, 10, reach=UniversalConfig(steps=2))
+    assert found.suspect == 3 and found.backdoored and (found.steps, found.steps_asked) == (6, 6)
+    reach = Reach(torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0]]), (0, 1, 2, 3, 4), (0, 1, 2, 3), 2, 2)
+    stages = [deleted_residual_p_value(torch.tensor([1.0, 2, 3, 4, 9]), 5),
+              deleted_residual_p_value(torch.tensor([0.0, 1, 0, 1]), 5)]
+    assert _p_value(reach) == combined_p_value(stages)
 
 
 def test_small_images_are_not_shrunk(images):

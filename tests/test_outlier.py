@@ -7,7 +7,7 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import expon
 
-from backdoor_detection.outlier import deleted_residual_p_value, gamma_p_value, outlier_p_value
+from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value, gamma_p_value, outlier_p_value
 
 
 def by_scipy(margins):
@@ -172,3 +172,25 @@ def test_without_spread_the_deleted_residual_does_not_alarm(margins):
 def test_the_deleted_residual_needs_three_classes(refuses):
     with refuses("margins: expected at least three classes, found 2"):
         deleted_residual_p_value(torch.tensor([1.0, 9.0]))
+
+
+def test_combined_p_value_by_hand():
+    """tan(0.4 pi) = 3.0777 and tan(0.25 pi) = 1: mean 2.0388, arctan 1.1148, p = 0.5 - 0.35485."""
+    assert combined_p_value([0.1, 0.25]) == pytest.approx(0.145149, abs=1e-6)
+    assert combined_p_value([0.3]) == pytest.approx(0.3) and combined_p_value([0.04] * 5) == pytest.approx(0.04)
+    assert combined_p_value([1.0, 1.0]) == 1.0 and combined_p_value([1e-6, 1.0]) < 1e-5
+
+
+def test_combined_p_values_keep_their_rate_whether_independent_or_not():
+    generator = torch.Generator().manual_seed(0)
+    own, shared = torch.randn(4000, 3, generator=generator), torch.randn(4000, 1, generator=generator)
+    for weight in (0.0, 0.7, 1.0):
+        draws = weight * shared + (1 - weight ** 2) ** 0.5 * own
+        rate = sum(combined_p_value((0.5 * torch.erfc(row / 2 ** 0.5)).tolist()) < 0.05 for row in draws) / len(draws)
+        assert 0.035 < rate < 0.065
+
+
+@pytest.mark.parametrize("wrong", [[], [1.5], [-0.1], [float("nan")]])
+def test_combined_p_value_refuses_what_is_none(refuses, wrong):
+    with refuses(r"p_values: expected some in \[0, 1\], found"):
+        combined_p_value(wrong)

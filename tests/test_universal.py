@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from backdoor_detection.universal import STRIDE, UniversalConfig, universal_reach
+from backdoor_detection.universal import STRIDE, UniversalConfig, _spread, universal_reach
 
 STD = torch.tensor([0.25, 0.5])
 LABELS = torch.tensor([0, 1, 2, 0, 3, 1])
@@ -27,20 +27,24 @@ def some_pixels(seed=1):
 
 
 def reach(network=None, pixels=None, labels=LABELS, classes=4, late=lambda: False, **config):
-    config = UniversalConfig(**{"steps": 4, **config})
+    config = UniversalConfig(**{"steps": 4, "radii": (0.1,), **config})
     return universal_reach(network or a_network(classes), some_pixels() if pixels is None else pixels, labels, STD,
                            classes, config, late=late)
 
 
 def by_loops(network, pixels, labels, classes, steps, radius):
-    """(steps + 1, K) margins after each step: class by class, image by image, pixel values in [0, 1]."""
+    """(steps + 1, K) margins after each step: class by class, image by image, pixel values in [0, 1].
+
+    radius: one bound, or several, each with as many steps; then there are (bounds * steps + 1) rows.
+    """
     scale = STD.view(-1, 1, 1)
-    bound = radius * math.sqrt(pixels[0].numel())
-    rows = torch.zeros(steps + 1, classes)
+    radii = radius if isinstance(radius, tuple) else (radius,)
+    rows = torch.zeros(steps * len(radii) + 1, classes)
     for k in range(classes):
         others = [i for i in range(len(pixels)) if labels[i] != k]
         change = torch.zeros_like(pixels[0])
-        for step in range(steps + 1):
+        for step in range(steps * len(radii) + 1):
+            bound = radii[min(step // steps, len(radii) - 1)] * math.sqrt(pixels[0].numel())
             change = change.detach().requires_grad_(True)
             total = 0
             for i in others:
@@ -58,7 +62,7 @@ def by_loops(network, pixels, labels, classes, steps, radius):
 @pytest.mark.parametrize(("classes", "steps", "radius"), [(2, 1, 0.1), (4, 4, 0.1), (3, 6, 0.5)])
 def test_agrees_with_loops_over_classes_and_images(classes, steps, radius):
     labels = LABELS.remainder(classes)
-    found = reach(labels=labels, classes=classes, steps=steps, radius=radius)
+    found = reach(labels=labels, classes=classes, steps=steps, radii=(radius,))
     expected = by_loops(a_network(classes), some_pixels(), labels, classes, steps, radius)
     torch.testing.assert_close(found.margins, expected[-1], rtol=1e-4, atol=1e-5)
     assert (expected[-1] > expected[0] + 0.01).all()  # they do climb
@@ -107,28 +111,55 @@ def test_the_bound_holds_in_pixel_values(radius):
         largest.append(moved.square().mean((2, 3, 4)).sqrt().max().item())
         return network(x)
 
-    reach(watched, pixels, radius=radius)
+    reach(watched, pixels, radii=(radius,))
     assert largest[0] == 0 and largest[1:] == pytest.approx([radius] * 4, rel=1e-4)
 
 
-def test_screening_keeps_the_furthest_half_and_an_even_spread():
+def test_the_bounds_follow_each_other_and_each_end_is_a_stage():
+    found = reach(steps=2, radii=(0.05, 0.1, 0.3))
+    rows = by_loops(a_network(), some_pixels(), LABELS, 4, 2, (0.05, 0.1, 0.3))
+    torch.testing.assert_close(found.stages, rows[[2, 4, 6]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.margins, found.stages[-1]) and (found.steps, found.steps_asked) == (6, 6)
+
+
+@pytest.mark.parametrize("done, stages", [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)])
+def test_only_stages_done_in_time_count(done, stages):
+    calls = iter(range(100))
+    found = reach(steps=2, radii=(0.05, 0.1, 0.3), block=1, late=lambda: next(calls) >= 4 * (done + 1))
+    rows = by_loops(a_network(), some_pixels(), LABELS, 4, 2, (0.05, 0.1, 0.3))
+    expected = rows[[1]] if done == 1 else rows[[2, 4]][:stages]
+    torch.testing.assert_close(found.stages, expected, rtol=1e-4, atol=1e-5)
+    assert found.steps == done
+
+
+def test_screening_keeps_the_furthest_and_an_even_spread():
     labels = torch.arange(6)
-    first = reach(labels=labels, classes=9, steps=1, kept=9).margins
-    whole = reach(labels=labels, classes=9, kept=9).margins
-    found = reach(labels=labels, classes=9, kept=4)
+    first = reach(labels=labels, classes=13, steps=1, kept=13).margins
+    whole = reach(labels=labels, classes=13, kept=13)
+    found = reach(labels=labels, classes=13, kept=5)
     order = first.argsort(descending=True).tolist()
-    assert found.kept == tuple(sorted([order[0], order[1], order[2], order[8]])) and found.steps == 4
-    dropped = [k for k in range(9) if k not in found.kept]
-    torch.testing.assert_close(found.margins[list(found.kept)], whole[list(found.kept)], rtol=1e-5, atol=1e-6)
+    spread = tuple(sorted(order[round(12 * share / 5)] for share in (1, 2, 3, 4)))
+    assert found.null == spread and found.kept == tuple(sorted((order[0], *spread))) and found.steps == 4
+    dropped = [k for k in range(13) if k not in found.kept]
+    torch.testing.assert_close(found.margins[list(found.kept)], whole.margins[list(found.kept)], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.margins[dropped], first[dropped], rtol=1e-5, atol=1e-6)
-    assert reach(labels=labels, classes=9, kept=9).kept == tuple(range(9))
+    assert whole.kept == whole.null == tuple(range(13))
 
 
-@pytest.mark.parametrize(("classes", "kept"), [(5, 4), (17, 16), (43, 16), (100, 5)])
+@pytest.mark.parametrize(("classes", "kept"), [(6, 5), (21, 20), (43, 20), (100, 5), (200, 20)])
 def test_screening_keeps_the_number_asked_for(classes, kept):
     found = reach(classes=classes, steps=2, kept=kept)
     assert len(set(found.kept)) == kept and list(found.kept) == sorted(found.kept)
+    assert set(found.null) <= set(found.kept) and len(found.null) == kept - kept // 5
     assert found.margins.argmax() in found.kept
+
+
+def test_a_spread_of_ranks_has_the_moments_of_the_whole():
+    """Else the furthest classes would widen the null, and hide the one that stands out."""
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    kept, spread = _spread(values, 20)
+    assert abs(values[spread].mean() - values.mean()) < 0.1 and 0.8 < values[spread].std() / values.std() < 1.1
+    assert set(values.argsort(descending=True)[:4].tolist()) <= set(kept.tolist())
 
 
 @pytest.mark.parametrize("calls", range(0, 13))
@@ -165,11 +196,13 @@ def test_wrong_numbers_are_named(refuses):
         UniversalConfig(images=0)
     with refuses("UniversalConfig.steps: expected > 0, found -1"):
         UniversalConfig(steps=-1)
-    with refuses("UniversalConfig.radius: expected > 0, found 0.0"):
-        UniversalConfig(radius=0.0)
+    with refuses(r"UniversalConfig.radii: expected > 0, ascending, found \(0.0,\)"):
+        UniversalConfig(radii=(0.0,))
+    with refuses(r"UniversalConfig.radii: expected > 0, ascending, found \(0.2, 0.1\)"):
+        UniversalConfig(radii=(0.2, 0.1))
     with refuses("UniversalConfig.block: expected > 0, found 0"):
         UniversalConfig(block=0)
-    with refuses("UniversalConfig.kept: expected >= 4 classes, found 3"):
-        UniversalConfig(kept=3)
+    with refuses("UniversalConfig.kept: expected >= 5 classes, found 4"):
+        UniversalConfig(kept=4)
     with refuses("num_classes: expected 4, as the model puts out, found 7"):
         reach(a_network(4), classes=7)
