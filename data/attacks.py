@@ -6,7 +6,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-from data import badnets, blended, low_frequency, sig, trojannn, wanet
+from data import badnets, blended, input_aware, low_frequency, sig, ssba, trojannn, wanet
 from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import PoisonedSet
@@ -16,7 +16,9 @@ ATTACKS: dict[str, tuple[ModuleType, type]] = {
     "blended": (blended, blended.BlendedConfig),
     "sig": (sig, sig.SigConfig),
     "low_frequency": (low_frequency, low_frequency.LowFrequencyConfig),
+    "ssba": (ssba, ssba.SSBAConfig),
     "trojannn": (trojannn, trojannn.TrojanNNConfig),
+    "input_aware": (input_aware, input_aware.InputAwareConfig),
     "wanet": (wanet, wanet.WaNetConfig),
 }
 

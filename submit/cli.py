@@ -97,7 +97,7 @@ def zoo_build(
     raise typer.Exit(1 if problems else 0)
 
 
-@zoo_app.command("inspect", epilog="Example: python -m submit zoo inspect data/zoos/digits")
+@zoo_app.command("inspect", epilog="Example: python -m submit zoo inspect data/zoos/tiny")
 def zoo_inspect(folder: Annotated[Path, typer.Argument(help="Folder of a zoo.")], json: Json = False) -> None:
     """List the models of a zoo, and what is wrong with those that cannot be read."""
     from submit.zoo_commands import inspect

@@ -7,13 +7,13 @@ from data.files import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "dev"
-DIGITS_ZOO = ROOT / "data" / "zoos" / "digits"
+TINY_ZOO = ROOT / "data" / "zoos" / "tiny"
 
 
 def dev_split(task: str, seed: int) -> Path:
     """The folder of the built-in split; written on first use, anew when a generator's source changes."""
     if task == "backdoor":
-        return DIGITS_ZOO
+        return TINY_ZOO
     sources = sorted(p for p in (ROOT / "data").rglob("*") if p.suffix in (".py", ".txt"))
     folder = CACHE / f"{task}-seed{seed}-{fingerprint(*sources)}"
     if not folder.exists():

@@ -77,9 +77,12 @@ def inspect(folder: Path, *, as_json: bool) -> list[str]:
     if as_json:
         print(json.dumps({"models": rows, "problems": problems}, indent=1))
     elif rows:
-        table = Table(*rows[0])
+        shown = [key for key in rows[0] if key not in ("set", "ratio", "radius")]  # a recipe's names say these
+        table = Table(title="ACC, ASR in percent")
+        for key in shown:
+            table.add_column(key, no_wrap=key in ("model", "truth", "attack", "widths"))
         for row in rows:
-            table.add_row(*(_cell(key, value) for key, value in row.items()))
+            table.add_row(*(_cell(key, row[key]) for key in shown))
         console().print(table)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)

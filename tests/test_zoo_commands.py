@@ -5,37 +5,68 @@ import shutil
 import pytest
 
 import retrieval.train_parser
-from submit.dev_splits import DIGITS_ZOO
+from submit.dev_splits import TINY_ZOO
 from tests.test_score_command import run
+
+RECIPE = """
+attacks = ["badnets"]
+[victim]
+widths = [2, 2, 2, 2]
+epochs = 1
+[[sets]]
+name = "digits"
+size = 16
+clean = 1
+floor_accuracy = 0.95
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(RECIPE)
+    return path
 
 
 def test_the_built_in_zoo_holds_what_it_promises(capsys):
-    status, out, err = run(capsys, "zoo", "inspect", DIGITS_ZOO, "--json")
+    status, out, err = run(capsys, "zoo", "inspect", TINY_ZOO, "--json")
     models = json.loads(out)["models"]
-    assert (status, err) == (0, "") and len(models) >= 8
-    assert sum(m["truth"] == "clean" for m in models) == len(models) // 2
-    assert {m["attack"] for m in models if m["truth"] == "backdoored"} == {"badnets", "blended"}
-    assert min(m["ACC"] for m in models) >= 0.95
-    assert min(m["ASR"] for m in models if m["truth"] == "backdoored") >= 0.95
-    status, out, _ = run(capsys, "zoo", "inspect", DIGITS_ZOO)
-    assert status == 0 and "8-16-32-64" in out
+    backdoored = [m for m in models if m["truth"] == "backdoored"]
+    assert (status, err) == (0, "") and len(models) >= 16 and abs(2 * len(backdoored) - len(models)) <= 2
+    assert len({m["attack"] for m in backdoored}) >= 5
+    assert {m["truth"] for m in models if m["radius"]} == {"clean", "backdoored"}  # adversarially trained
+    assert min(m["ACC"] for m in models) >= 0.85 and min(m["ASR"] for m in backdoored) >= 0.8
+    status, out, _ = run(capsys, "zoo", "inspect", TINY_ZOO)
+    assert status == 0 and "8-16-32-64" in out and all(m["model"] in out for m in models)
 
 
-def test_a_model_below_its_floor_is_listed_as_left_out(capsys, tmp_path):
-    command = ["zoo", "build", "--out", tmp_path / "zoo", "--models", 2, "--epochs", 1, "--width", 2]
+def test_a_model_below_its_floor_is_listed_as_left_out(capsys, tmp_path, recipe):
+    command = ["zoo", "build", "--out", tmp_path / "zoo", "--recipe", recipe, "--workers", 1]
     status, _, err = run(capsys, *command)
     left_out = [line for line in err.splitlines() if line.startswith("left out: ")]
     assert status == 1 and len(left_out) == 2 and "below 0.95" in left_out[0]
-    before = (tmp_path / "zoo" / "000" / "model.pt").stat().st_mtime_ns
+    assert "digits-clean-0: ACC" in err and "failed: ACC" in err
+    weights = tmp_path / "zoo" / "digits-clean-0" / "model.pt"
+    before = weights.stat().st_mtime_ns
     run(capsys, *command)  # finished models are kept
-    assert (tmp_path / "zoo" / "000" / "model.pt").stat().st_mtime_ns == before
-    status, _, err = run(capsys, *command, "--ratio", 0.2)
-    assert status == 2 and "expected the configuration it was begun with, found another ratio" in err
+    assert weights.stat().st_mtime_ns == before
+    status, _, err = run(capsys, *command, "--seed", 7)
+    assert status == 2 and "expected a model of these settings and images, or nothing, found one of others" in err
+
+
+def test_a_lower_floor_takes_the_same_weights_in(capsys, tmp_path, recipe):
+    command = ["zoo", "build", "--out", tmp_path / "zoo", "--recipe", recipe, "--workers", 1, "--json"]
+    run(capsys, *command)
+    weights = tmp_path / "zoo" / "digits-clean-0" / "model.pt"
+    before = weights.stat().st_mtime_ns
+    recipe.write_text(RECIPE.replace("0.95", "0.0") + "floor_success = 0.0\n")
+    status, out, err = run(capsys, *command)
+    assert (status, err) == (0, "") and len(json.loads(out)["models"]) == 2 and weights.stat().st_mtime_ns == before
 
 
 def test_a_strange_model_file_is_named_and_the_others_listed(capsys, tmp_path):
     zoo = tmp_path / "zoo"
-    shutil.copytree(DIGITS_ZOO, zoo)
+    shutil.copytree(TINY_ZOO, zoo)
     first = sorted(p for p in zoo.iterdir() if p.is_dir())[0]
     (first / "model.pt").write_bytes(b"not a model")
     status, out, err = run(capsys, "zoo", "inspect", zoo, "--json")
@@ -44,11 +75,10 @@ def test_a_strange_model_file_is_named_and_the_others_listed(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--set", "mnist"], "--data: expected the folder of the set 'mnist', found nothing"),
-    (["--attacks", "badnets,foo"], "expected some of badnets, blended, found foo"),
-    (["--ratio", "0"], "Invalid value for '--ratio'"), (["--seed", "9" * 30], "Invalid value for '--seed'"),
-    (["--models", "3"], "expected an even number >= 2, found 3"),
-    (["--set", "mine", "--data", "nowhere"], "nowhere"),
+    (["--recipe", "cpu"], "--data: expected the folder that holds cifar10/, found nothing"),
+    (["--recipe", "cpu", "--data", "nowhere"], "nowhere"),
+    (["--recipe", "huge"], "recipe: expected a TOML file or one of tiny, cpu, contest, found huge"),
+    (["--workers", "-1"], "Invalid value for '--workers'"), (["--seed", "9" * 30], "Invalid value for '--seed'"),
 ])
 def test_wrong_recipes_end_in_one_line(capsys, tmp_path, arguments, message):
     status, out, err = run(capsys, "zoo", "build", "--out", tmp_path / "zoo", *arguments)
