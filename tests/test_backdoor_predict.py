@@ -86,5 +86,5 @@ def test_the_built_in_zoo_is_whole():
     assert zoo.problems == () and {m.ground_truth for m in zoo.models} == {BACKDOORED, CLEAN}
     assert all(m.record["ACC"] > 1.5 / m.num_classes for m in zoo.models)  # it has learned
     assert all((m.record["ASR"] is None) == (m.ground_truth == CLEAN) for m in zoo.models)
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 10 * 2**20
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 15 * 2**20
     assert all(load_model(m).linear.out_features == m.num_classes for m in zoo.models)
