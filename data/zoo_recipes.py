@@ -23,6 +23,7 @@ else:
 
 FOLDER = Path(__file__).with_name("recipes")
 BUILT_IN = ("tiny", "cpu", "contest")
+KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple": (list, tuple), "Mapping": dict}
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,18 @@ def _recipe(content: dict[str, Any]) -> Recipe:
     shared = content.pop("victim", {})
     plans = content.pop("sets", [])
     expect(isinstance(plans, list) and plans, "sets", "at least one [[sets]]", plans)
-    sets = tuple(_from_table(SetPlan, {**plan, "victim": _from_table(VictimConfig, {**shared, **plan.get("victim", {})},
-                                                                     "victim")}, "sets") for plan in plans)
-    return _from_table(Recipe, {"attacks": [], **content, "sets": sets}, "recipe")
+    sets = tuple(_set_plan(plan, shared) for plan in plans)
+    recipe = _from_table(Recipe, {"attacks": [], **content, "sets": sets}, "recipe")
+    expect(jobs(recipe), "recipe", "at least one model", "neither clean models nor attacks")
+    return recipe
+
+
+def _set_plan(plan: Any, shared: Any) -> SetPlan:
+    for table, where in ((plan, "sets"), (shared, "victim")):
+        expect(isinstance(table, dict), where, "a table", table)
+    own = plan.get("victim", {})
+    expect(isinstance(own, dict), "sets victim", "a table", own)
+    return _from_table(SetPlan, {**plan, "victim": _from_table(VictimConfig, {**shared, **own}, "victim")}, "sets")
 
 
 def _from_table(kind: type, table: Mapping[str, Any], where: str) -> Any:
@@ -126,9 +136,9 @@ def _from_table(kind: type, table: Mapping[str, Any], where: str) -> Any:
     declared = {item.name: item.type for item in fields(kind)}
     for key, value in table.items():
         expect(key in declared, where, f"some of {', '.join(declared)}", key)
-        wanted = {"int": int, "float": (int, float), "str": str, "bool": bool}.get(declared[key])
+        wanted = KINDS.get(declared[key].split("[")[0])
         right = wanted is None or (isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)))
-        expect(right, f"{where} {key}", f"{declared[key]}", value)
+        expect(right, f"{where} {key}", declared[key].replace("tuple", "list"), value)
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
 
 
