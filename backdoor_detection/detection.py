@@ -31,7 +31,7 @@ SMALLEST_SIDE = 32  # pixels below which images are not shrunk to save time
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """What a verdict does where time allows. alarm is the one constant that was tuned."""
+    """What a verdict does where time allows. alarm is the one constant that may be tuned; 0.05 is a convention."""
 
     alarm: float = 0.05          # backdoored below this p
     deadline_s: float = 55.0     # seconds from the call to the answer

@@ -177,9 +177,10 @@ def main() -> None:
         results[detector] = summary(rows, verdicts[detector], detector)
     parts = [{**row, **{d: {k: v for k, v in verdicts[d][i].items() if k != "seconds"} for d in detectors}}
              for i, row in enumerate(rows)]
+    command = f"python -m benchmarks.backdoor_detectors {options.zoo.name} --detectors {options.detectors}"
     write_json(options.out or RECORDS / f"backdoor_detectors_{options.zoo.name}.json",
-               {"command": f"python -m benchmarks.backdoor_detectors {options.zoo.name}", "detectors": results,
-                "models": parts, "environment": environment()})
+               {"command": command, "detectors": results, "models": parts,
+                "environment": environment()})
     for detector, found in results.items():
         own, held = found.get("own_threshold"), found.get("held_out_threshold")
         print(f"{detector:7} AUROC {found['auroc']:5.1f}", f"own {own['accuracy']:5.1f} %" if own else "",

@@ -50,6 +50,7 @@ def timed(detector, folder: Path, classes: int, widths: tuple, side: int, config
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     device = chosen_device()
     published = replace(ReportConfig(), size=PIXELS, tolerance=0.0)  # every step: its early stop depends on the network
@@ -61,7 +62,7 @@ def main() -> None:
                   timed(detection, folder, 10, NARROW, PIXELS, unhurried, device)[0]) for _ in range(TURNS)]
         growth = {k: statistics.median(timed(detection, folder, k, NARROW, PIXELS, unhurried, device)[0]
                                        for _ in range(TURNS)) for k in CLASSES}
-        torch.set_num_threads(max(1, torch.get_num_interop_threads()))
+        torch.set_num_threads(threads)
         large = {k: timed(detection, folder, k, WIDTHS, 128, DetectorConfig(), device) for k in (10, 200)}
     slow, fast = (statistics.median(column) for column in zip(*turns, strict=True))
     record = {"command": "python -m benchmarks.backdoor_speed", "report_seconds": slow, "seconds": fast,
