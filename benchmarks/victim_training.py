@@ -68,7 +68,7 @@ def ours(images: Tensor, labels: Tensor, config: VictimConfig, threads: int) -> 
     torch.set_num_threads(threads)
     start = time.perf_counter()
     model = train_victim(images, labels, CLASSES, config, seed=0)
-    float(next(model.parameters()).sum())
+    float(next(model.parameters()).detach().sum())
     return config.epochs * (len(images) // config.batch) * config.batch / (time.perf_counter() - start)
 
 
