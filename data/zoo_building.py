@@ -42,7 +42,8 @@ def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, device: torch
 
     sets: on the CPU, for every job its set by name. workers: processes that train side by side, one thread each
     on a CPU; weights do not depend on their number. Refuses a folder that holds other things, or a model that
-    was trained from other images or settings. A model below a floor stays, marked `failed` in its record.
+    was trained from other images or settings. A model below a floor stays, marked `failed` in its record. One that
+    cannot be trained at all is named by an InputError when all others are done.
     """
     folder = Path(folder)
     expect(workers > 0, "workers", "> 0", workers)
@@ -54,26 +55,34 @@ def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, device: torch
     tasks = [(folder / job.name, *sets[job.set_name], job, prints[job.name], device)
              for job in jobs if job.name not in records]
     _write_records(folder, jobs, records)
-    for name, record in _built(tasks, workers):
+    failures: list[str] = []  # of models that could not be trained at all: the others go on
+    for name, record in _built(tasks, workers, failures):
         records[name] = _judged(record, by_name[name])
         _write_records(folder, jobs, records)
         if progress:
             progress(name, records[name])
+    expect(not failures, folder, "every model trained", "; ".join(failures))
     return {job.name: records[job.name] for job in jobs}
 
 
-def _built(tasks: Sequence[tuple], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, record) of each model as it is finished."""
+def _built(tasks: Sequence[tuple], workers: int, failures: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, record) of each model as it is finished; what is wrong with those that cannot be goes to `failures`."""
     if workers == 1 or len(tasks) < 2:
         for task in tasks:
-            yield task[0].name, _build_model(*task)
+            try:
+                yield task[0].name, _build_model(*task)
+            except InputError as error:
+                failures.append(f"{task[0].name}: {error}")
         return
     context = multiprocessing.get_context("spawn")  # its tensors travel as shared memory
     with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_die_on_interrupt) as pool:
         try:
             futures = {pool.submit(_build_model, *task): task[0].name for task in tasks}
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                if isinstance(future.exception(), InputError):
+                    failures.append(f"{futures[future]}: {future.exception()}")
+                else:
+                    yield futures[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

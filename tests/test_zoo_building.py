@@ -167,6 +167,14 @@ def test_weights_do_not_depend_on_the_number_of_workers(zoo, tmp_path):
         assert (zoo / name / "model.pt").read_bytes() == (tmp_path / "again" / name / "model.pt").read_bytes()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_that_cannot_be_trained_is_named_and_the_others_go_on(tmp_path, refuses, workers):
+    recipe = replace(RECIPE, attacks=("badnets", "blended"), parameters={"badnets": {"size": 9}})  # of 8 pixels
+    with refuses(r"zoo: expected every model trained, found noise-badnets-0.2-0: BadNetsConfig.size: expected at most"):
+        build(tmp_path / "zoo", recipe, workers=workers)
+    assert {m.name for m in read_zoo(tmp_path / "zoo").models} == set(NAMES) - {"noise-badnets-0.2-0"}
+
+
 def test_a_number_of_workers_below_one_is_refused(tmp_path, refuses):
     with refuses("workers: expected > 0, found 0"):
         build(tmp_path, workers=0)
