@@ -315,6 +315,24 @@ def test_an_encoder_that_does_not_fit_is_named(refuses, tiny):
         train_encoder(some_images(), DOUBLE, seed=0)
 
 
+def test_a_start_that_learns_nothing_is_tried_again(refuses, monkeypatch, tiny):
+    strict, seeds = replace(TINY, threshold=0.9), []
+
+    def trained(images, config, *, seed):
+        seeds.append(seed)
+        return Encoder(tiny.networks, strict, (3, 8, 8), good if len(seeds) == 2 else 0.5, 9.0)
+
+    monkeypatch.setattr(ssba, "train_encoder", trained)
+    good = 0.95
+    poison(a_set(), strict, ratio=0.2, target=0, seed=4)
+    assert len(set(seeds)) == 2 and seeds[0] == 4
+    seeds.clear()
+    good = 0.5
+    with refuses(r"encoder: expected bit accuracy >= 0\.9 \(train longer\), found 0\.500"):
+        poison(a_set(), strict, ratio=0.2, target=0, seed=4)
+    assert len(set(seeds)) == 3
+
+
 def test_wrong_images_and_bits_are_named(refuses, tiny):
     with refuses(r"images: expected \(N, C, H, W\) uint8, found \(1, 3, 8, 8\) torch.float32"):
         embed(torch.zeros(1, 3, 8, 8), tiny, torch.ones(2))
