@@ -55,7 +55,7 @@ def _read(paths: list[Path | str], for_maps: Backbone, for_images: Backbone) -> 
         sizes = {"maps": for_maps.prepared(image)}
         if for_images is not for_maps:
             sizes["images"] = for_images.prepared(image)
-        if CONFIG.foreground:
+        if CONFIG.foreground != "off":
             sizes["small"] = to_uint8(image.resize((SIDE, SIDE)))
         return sizes
 

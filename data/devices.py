@@ -1,7 +1,10 @@
-"""The device that predict functions use; their signatures are the organizers' and have no room for it."""
+"""The device that predict functions use, as their signatures are the organizers' and have no room for it; and what
+a device can take."""
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import expect
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "KIT_DEVICE"  # set by `python -m submit ... --device`
 WHERE = f"--device (${VARIABLE})"
+CGROUP = Path("/sys/fs/cgroup")
+UNKNOWN_BYTES = 2**31  # taken as free where the system does not tell
 
 
 def chosen_device() -> torch.device:
@@ -27,3 +32,43 @@ def chosen_device() -> torch.device:
     expect(device is not None and device.type in ("cpu", "cuda"), WHERE, "auto, cpu, cuda or cuda:N", name)
     expect(device.type != "cuda" or torch.cuda.is_available(), WHERE, "a device of this machine", name)
     return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on the device, within a container's limit where there is one; a rough figure."""
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min(_system_bytes(), _container_bytes())
+
+
+def _system_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):  # no Linux
+        return UNKNOWN_BYTES
+
+
+def _container_bytes() -> int:
+    """What a control group leaves; its file cache counts as free."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit == "max":
+            return sys.maxsize
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - int(used) + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return sys.maxsize
+
+
+def half_is_faster(device: torch.device) -> bool:
+    """Whether the device multiplies 16-bit matrices faster than float32: every GPU, and CPUs with bfloat16 units."""
+    import torch
+
+    if device.type == "cuda":
+        return True
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in asked if ask)
