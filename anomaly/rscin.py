@@ -32,8 +32,8 @@ def smoothed_scores(scores: Tensor, classes: Tensor, windows: Sequence[int]) -> 
     weights, others = similar.topk(min(max(windows), len(scores)), dim=1)  # (N, k), the most alike first
     weights[:, 0] = 1.0
     values = scaled[others]
-    smoothed = [(weights[:, :k] * values[:, :k]).sum(1) / weights[:, :k].sum(1) for k in windows]
-    return torch.stack(smoothed).mean(0)
+    last = torch.tensor([min(k, len(scores)) - 1 for k in windows], device=scores.device)
+    return ((weights * values).cumsum(1)[:, last] / weights.cumsum(1)[:, last]).mean(1)
 
 
 def _check(scores: Tensor, classes: Tensor, windows: Sequence[int]) -> None:
