@@ -1,10 +1,14 @@
 """Patch features: which layers, which norm, which grid; weights with their preprocessing; the training."""
 import json
+from dataclasses import replace
+from math import floor, prod
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import gelu, normalize, scaled_dot_product_attention
 
 from anomaly.backbone import (
     CLIP_LARGE,
@@ -14,6 +18,7 @@ from anomaly.backbone import (
     BackboneConfig,
     config_record,
     extract,
+    extract_all,
     load_backbone,
     random_backbone,
 )
@@ -59,7 +64,89 @@ def test_layers_are_block_outputs_with_or_without_the_last_norm(norm):
     assert features.grid == (4, 4) and len(features.layers) == 2
     for found, expected in zip(features.layers, layers, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(features.classes, torch.nn.functional.normalize(classes, dim=-1))
+    torch.testing.assert_close(features.classes, normalize(classes, dim=-1))
+
+
+# --- nets by name -----------------------------------------------------------------------------------------------------
+
+SMALL = {"embed_dim": 16, "depth": 3, "num_heads": 2}
+# name -> class and register tokens ahead of the patches, arguments beside the small ones, side of a patch
+NETS = {"vit_large_patch14_dinov2": (1, {}, 14),
+        "vit_small_patch14_reg4_dinov2": (5, {}, 14),
+        "vit_large_patch14_clip_336": (1, {"num_classes": 8}, 14),
+        "vit_small_patch16_dinov3": (5, {}, 16),
+        "vit_base_patch16_siglip_256": (0, {}, 16),
+        "eva02_base_patch16_clip_224": (1, {"num_classes": 8}, 16)}
+
+
+def named(name, grid=(3, 2), **changes):
+    """A small net of this kind with weights that are all drawn: fresh ones would make blocks do next to nothing."""
+    _, more, patch = NETS[name]
+    backbone = random_backbone(tiny(architecture=name, size=(grid[0] * patch, grid[1] * patch),
+                                    arguments=SMALL | more, **changes), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for values in backbone.net.parameters():
+            values.normal_(0, 0.3, generator=generator)
+    return backbone
+
+
+def pooled(net, name, tokens):
+    """The class feature by hand, from the last block's tokens."""
+    tokens = net.norm(tokens)
+    if "siglip" not in name:
+        return net.head(tokens[:, 0])
+    pool = net.attn_pool
+    keys, values = pool.kv(tokens).chunk(2, dim=-1)
+    split = [t.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for t in
+             (pool.q(pool.latent).expand(len(tokens), -1, -1), keys, values)]
+    one = pool.proj(scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+    return (one + pool.mlp(pool.norm(one)))[:, 0]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("name", NETS)
+@torch.inference_mode()
+def test_nets_by_name_give_what_their_blocks_give(name, norm):
+    """The outputs of the blocks are caught in a net that timm makes by itself, on a grid that is no square."""
+    backbone = named(name, final_norm=norm)
+    prefix, more, _ = NETS[name]
+    net = timm.create_model(name, img_size=backbone.config.size, **{"num_classes": 0} | SMALL | more).eval()
+    net.load_state_dict(backbone.net.state_dict())
+    seen = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    pictures = images(2, backbone.config.size)
+    net(backbone.normalised(pictures))
+    found = backbone(pictures)
+    assert found.grid == (3, 2) and seen[0].shape == (2, prefix + 6, 16)
+    for layer, block in zip(found.layers, (0, 2), strict=True):
+        tokens = net.norm(seen[block]) if norm else seen[block]
+        torch.testing.assert_close(layer, tokens[:, prefix:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.classes, normalize(pooled(net, name, seen[2]), dim=-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("activation", "by_hand"), [("quick", lambda x: x * torch.sigmoid(1.702 * x)), ("erf", gelu)])
+def test_the_activation_is_a_choice_of_the_config(activation, by_hand):
+    backbone = named("vit_large_patch14_clip_336", activation=activation)
+    x = torch.linspace(-4, 4, 50)
+    for block in backbone.net.blocks:
+        torch.testing.assert_close(block.mlp.act(x), by_hand(x))
+    assert config_record(backbone.config)["activation"] == activation
+
+
+def test_what_is_no_plain_vision_transformer_is_refused(refuses):
+    for changes, message in (
+            ({"architecture": "vit_enormous"}, "architecture: expected a name that timm .* knows, found vit_enormous$"),
+            ({"architecture": "hf-hub:someone/net"}, "architecture: expected a name"),
+            ({"architecture": "swin_tiny_patch4_window7_224", "arguments": {}, "size": (224, 224)},
+             "architecture: expected a plain vision transformer, found swin_"),
+            ({"architecture": "vit_small_patch16_dinov3", "arguments": SMALL, "activation": "quick"},
+             "arguments: expected those of vit_small_patch16_dinov3, found .*'act_layer'$"),
+            ({"architecture": "eva_giant_patch14_224", "arguments": SMALL, "size": (28, 28)},
+             "final_norm: expected False where the net has no norm before its pooling, found True$")):
+        with refuses(f"^BackboneConfig.{message}"):
+            random_backbone(tiny(**changes), seed=0)
 
 
 def test_any_grid_and_batches_change_nothing():
@@ -79,16 +166,94 @@ def test_images_are_squashed_and_floats_equal_bytes():
     torch.testing.assert_close(found[1], extract(backbone, ready[None].float() / 255).layers[0][0])
 
 
-@pytest.mark.parametrize("config", [DINOV2_LARGE, CLIP_LARGE], ids=lambda c: c.architecture)
-def test_the_full_architectures_give_their_grids(config):
+@pytest.mark.parametrize(("config", "grid", "width", "of_class"), [
+    (DINOV2_LARGE, (37, 37), 1024, 1024),
+    (CLIP_LARGE, (37, 37), 1024, 768),
+    (replace(CLIP_LARGE, size=(336, 336)), (24, 24), 1024, 768),
+    (replace(DINOV2_LARGE, architecture="vit_small_patch16_dinov3", size=(256, 512), layers=(5, 11)),
+     (16, 32), 384, 384),
+    (replace(DINOV2_LARGE, architecture="vit_base_patch16_siglip_256", size=(256, 256), layers=(5, 11)),
+     (16, 16), 768, 768),
+], ids=["DINOv2", "CLIP at 518", "CLIP at 336", "DINOv3", "SigLIP"])
+def test_the_full_architectures_give_their_grids(config, grid, width, of_class):
     """On the meta device: shapes without the gigabyte of weights."""
     with torch.device("meta"):
         backbone = Backbone(config).eval()
-    assert backbone.grid == (37, 37) and len(backbone.net.blocks) == 24
     with torch.no_grad():
-        features = backbone(torch.empty(1, 3, 518, 518, device="meta"))
-    assert [tuple(layer.shape) for layer in features.layers] == [(1, 1369, 1024)] * 4
-    assert features.classes.shape == (1, 768 if config is CLIP_LARGE else 1024)
+        features = backbone(torch.empty(1, 3, *config.size, device="meta"))
+    assert backbone.grid == grid
+    assert [tuple(layer.shape) for layer in features.layers] == [(1, prod(grid), width)] * len(config.layers)
+    assert features.classes.shape == (1, of_class)
+
+
+# --- several nets in one pass -----------------------------------------------------------------------------------------
+
+def pictures_of_all_sizes():
+    return [Image.effect_noise(size, 80).convert("RGB") for size in ((90, 50), (3, 2), (1, 1), (40, 41), (64, 7))]
+
+
+def test_nets_share_one_pass_over_the_images():
+    """Two sizes, two interpolations; the images are read when their turn is near, each once."""
+    nets = [random_backbone(tiny(), seed=1), random_backbone(tiny(interpolation="bicubic"), seed=2),
+            random_backbone(tiny(size=(24, 48)), seed=3)]
+    pictures, read, ahead = pictures_of_all_sizes(), [], []
+    nets[0].net.norm.register_forward_hook(lambda *_: ahead.append(len(read)))
+
+    def reading(index):
+        read.append(index)
+        return pictures[index]
+
+    found = extract_all(nets, range(5), batch=1, read=reading)
+    assert sorted(read) == list(range(5))
+    norms = len(ahead) // 5
+    assert all(count <= min(step // norms + 2, 5) for step, count in enumerate(ahead))
+    for net, features in zip(nets, found, strict=True):
+        assert features.grid == net.grid
+        for index, picture in enumerate(pictures):
+            alone = net(net.prepared(picture)[None])
+            for layer, expected in zip(features.layers, alone.layers, strict=True):
+                torch.testing.assert_close(layer[index], expected[0])
+            torch.testing.assert_close(features.classes[index], alone.classes[0])
+
+
+def test_features_are_kept_as_asked():
+    backbone = random_backbone(tiny(), seed=1)
+    exact = extract(backbone, images(5))
+    half = extract(backbone, images(5), batch=2, dtype=torch.float16, keep_on="cpu")
+    assert {layer.dtype for layer in half.layers} == {torch.float16} and half.classes.dtype == torch.float32
+    for one, other in zip(exact.layers, half.layers, strict=True):
+        torch.testing.assert_close(one.half(), other, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(exact.classes, half.classes)
+
+
+def test_features_that_are_not_finite_are_named(refuses):
+    backbone, pictures = random_backbone(tiny(), seed=1), images(5).float() / 255
+    pictures[3, 1, 2, 2] = torch.nan
+    with refuses("^image 3 through vit_tiny_patch16_224: expected finite features, found NaN or infinity$"):
+        extract(backbone, pictures, batch=2)
+    with torch.no_grad():
+        backbone.net.norm.bias += 1e6  # fine in float32, infinite in float16
+    extract(backbone, images())
+    with refuses("^image 0 through .*: expected finite features"):
+        extract(backbone, images(), dtype=torch.float16)
+    with refuses("^image.mode: expected RGB, found L$"):
+        extract(backbone, [Image.new("L", (9, 9))])
+    with refuses("^batch: expected >= 1 image, found 0$"):
+        extract(backbone, images(), batch=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="repeats on a GPU what the tests above do on the CPU")
+def test_a_gpu_gives_nearly_the_same():
+    backbone = named("vit_large_patch14_clip_336")
+    exact = extract(backbone, images(3, backbone.config.size))
+    backbone.to("cuda")
+    for half, atol in ((True, 0.05), (False, 0.005)):
+        found = extract(backbone, images(3, backbone.config.size), keep_on="cpu", half=half)
+        for one, other in zip(exact.layers, found.layers, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.01, atol=atol * one.abs().max().item())
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -101,9 +266,72 @@ def folder(tmp_path):
 
 def test_weights_come_back_with_their_preprocessing(folder):
     loaded = load_backbone(folder)
-    assert loaded.config == tiny() and not loaded.training
+    assert config_record(loaded.config) == config_record(tiny()) and not loaded.training
     expected = random_backbone(tiny(), seed=2)(images()).layers[1]
     torch.testing.assert_close(loaded(images()).layers[1], expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NETS)
+def test_weights_as_timm_names_them_load(tmp_path, name, kind):
+    """Another grid than the stored one: only the position table may change, and only where the net has one."""
+    backbone = named(name, grid=(4, 4))
+    _, more, patch = NETS[name]
+    net = timm.create_model(name, img_size=4 * patch, **{"num_classes": 0} | SMALL | more)
+    stored = {key: backbone.net.state_dict()[key].to(kind) for key in net.state_dict()}
+    save_file(stored, tmp_path / "model.safetensors")
+    same = load_backbone(tmp_path, backbone.config).net.state_dict()
+    other = load_backbone(tmp_path, replace(backbone.config, size=(2 * patch, 5 * patch)))
+    for key, value in other.net.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(same[key], stored[key].float())
+        assert torch.equal(value, same[key]) != (key == "pos_embed")
+    assert other(images(2, other.config.size)).grid == (2, 5)
+
+
+def cubic(distance):
+    """Keys' kernel with a = -0.75."""
+    t = abs(distance)
+    if t <= 1:
+        return 1.25 * t**3 - 2.25 * t**2 + 1
+    return -0.75 * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0
+
+
+def resized(line, length):
+    """(n, D) to (length, D): pixel centres, the four nearest values, the border repeated."""
+    rows = []
+    for index in range(length):
+        at = (index + 0.5) * len(line) / length - 0.5
+        near = range(floor(at) - 1, floor(at) + 3)
+        rows.append(sum(cubic(at - j) * line[min(max(j, 0), len(line) - 1)] for j in near))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("grid", [(6, 7), (3, 2)])
+@pytest.mark.parametrize(("name", "extra"), [("vit_large_patch14_clip_336", 1), ("vit_base_patch16_siglip_256", 0)])
+def test_positions_are_resized_as_in_the_original(tmp_path, name, extra, grid):
+    backbone = named(name, grid=(4, 4))
+    table = backbone.net.pos_embed.detach()
+    save_file(backbone.net.state_dict(), tmp_path / "model.safetensors")
+    size = tuple(side * NETS[name][2] for side in grid)
+    found = load_backbone(tmp_path, replace(backbone.config, size=size)).net.pos_embed
+    square = table[0, extra:].reshape(4, 4, -1)
+    tall = resized(square, grid[0])
+    expected = resized(tall.transpose(0, 1), grid[1]).transpose(0, 1).flatten(0, 1)
+    torch.testing.assert_close(found[0, extra:], expected, rtol=0, atol=1e-5)
+    assert torch.equal(found[:, :extra], table[:, :extra])
+
+
+def test_a_record_tells_the_grid_of_its_positions(tmp_path, refuses):
+    """2 x 8 positions are as many as 4 x 4: only the record beside them says which they are."""
+    backbone = random_backbone(tiny(size=(16, 64), arguments=ARGUMENTS | {"img_size": 32}), seed=1)
+    save_file(backbone.net.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_record(backbone.config)))
+    assert torch.equal(load_backbone(tmp_path).net.pos_embed, backbone.net.pos_embed)
+    as_square = load_backbone(tmp_path, backbone.config).net.pos_embed
+    assert as_square.shape == backbone.net.pos_embed.shape and not torch.equal(as_square, backbone.net.pos_embed)
+    save_file(random_backbone(tiny(size=(24, 40)), seed=1).net.state_dict(), tmp_path / "model.safetensors")
+    with refuses("model.safetensors: expected positions of a square grid, or of arguments.img_size, found 15 pos"):
+        load_backbone(tmp_path)
 
 
 def test_seeds_decide_and_the_global_state_stays():
@@ -120,6 +348,9 @@ def test_missing_and_wrong_files_are_named(folder, tmp_path, refuses):
         load_backbone(folder)
     save_file(weights | {"norm.bias": torch.zeros(3)}, folder / "model.safetensors")
     with refuses(r"model.safetensors: expected the shapes of vit_tiny_patch16_224, found size mismatch for norm.bias"):
+        load_backbone(folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with refuses("model.safetensors: expected a safetensors file, found "):
         load_backbone(folder)
     (folder / "model.safetensors").unlink()
     with refuses(r"model.safetensors: expected the weights of the backbone, found no such file$"):
@@ -140,7 +371,10 @@ def test_configs_that_cannot_work_are_refused(refuses):
                              ({"std": (0.2, 0, 0.2)}, "std: expected positive numbers"),
                              ({"mean": (0.2,)}, "mean, std: expected 3 numbers each"),
                              ({"size": (32,)}, "size: expected height and width"),
-                             ({"interpolation": "lanczos"}, "interpolation: expected")):
+                             ({"interpolation": "lanczos"}, "interpolation: expected"),
+                             ({"activation": "tanh"}, r"activation: expected \['erf', 'quick', None\], found tanh$"),
+                             ({"arguments": {"pretrained": True}}, "arguments: expected a mapping without"),
+                             ({"arguments": []}, "arguments: expected a mapping")):
         with refuses(f"^BackboneConfig.{message}"):
             tiny(**changes)
     with refuses(r"^BackboneConfig.layers: expected indices below 3, found \(3,\)$"):
@@ -188,7 +422,7 @@ def test_an_interrupted_training_ends_the_same(tmp_path, few_validation_sets, mo
     assert lines[0].startswith("step 4 of 4") and not (tmp_path / "parts.checkpoint.pt").exists()
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one) and card["training"]["steps"] == 4
-    assert load_backbone(tmp_path / "parts").config == tiny()
+    assert config_record(load_backbone(tmp_path / "parts").config) == config_record(tiny())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -220,7 +454,7 @@ def test_sets_of_textures_follow_their_seed_and_mark_what_changed():
 
 
 def test_scores_in_training_are_the_mutual_scores():
-    patches = torch.nn.functional.normalize(torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    patches = normalize(torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     expected = []
     for i in range(6):
         found = torch.stack([torch.cdist(patches[i], patches[j]).amin(1) for j in range(6) if j != i])
