@@ -1,7 +1,8 @@
 """The organizers' score files: `ROOT/<category>/test/<kind>/<stem>_scores.json`, one an image.
 
 Each holds `img_level_score` (a single number) and `pix_level_score` (1, 224, 224), both in [0, 1] with four decimals,
-as {"__ndarray__": nested list, "dtype": "float64", "shape": [...]}.
+as {"__ndarray__": nested list, "dtype": "float64", "shape": [...]}. We write every number in six bytes ("0.5000"), so a
+file is put together by table from whole arrays, and one of ours is recognised and read without a JSON parser.
 """
 from __future__ import annotations
 
@@ -18,6 +19,14 @@ from data.files import write_atomic
 
 IMAGE, PIXELS = "img_level_score", "pix_level_score"
 STEPS = 10_000  # four decimals
+NUMBER = 8      # bytes of a number, "d.dddd", and of the ", " that follows it
+ROW = 1 + SIDE * NUMBER + 1  # "[", the numbers with the last ", " made "],", and " "
+HEAD = f'{{"{IMAGE}": {{"__ndarray__": '.encode()
+BETWEEN = f', "dtype": "float64", "shape": []}}, "{PIXELS}": {{"__ndarray__": [['.encode()
+TAIL = f', "dtype": "float64", "shape": [1, {SIDE}, {SIDE}]}}}}'.encode()
+SCORE_END = len(HEAD) + len("d.dddd")
+MAP_START = SCORE_END + len(BETWEEN)
+FILE_SIZE = MAP_START + SIDE * ROW + len(TAIL)
 
 
 def score_file(root: Path, category: str, image: AnomalyImage) -> Path:
@@ -41,26 +50,36 @@ def write_scores(root: Path, category: str, images: Sequence[AnomalyImage], imag
         _check_range(path, IMAGE, np.asarray(score))
         _check_range(path, PIXELS, pixels)
     for path, score, pixels in zip(targets, image_scores, maps, strict=True):
-        write_atomic(path, _text(float(score), np.asarray(pixels)))
+        write_atomic(path, _file_bytes(_levels(np.asarray(score)), _levels(np.asarray(pixels)[0])))
 
 
 def _check_range(path: Path, key: str, values: np.ndarray) -> None:
-    expect(np.isfinite(values).all(), f"{path} {key}", "finite numbers", "NaN or infinity")
     low, high = float(values.min()), float(values.max())
-    expect(low >= 0 and high <= 1, f"{path} {key}", "numbers in [0, 1]", f"{low:g} to {high:g}")
+    inside = low >= 0 and high <= 1  # never so with a NaN among them
+    expect(inside or np.isfinite(values).all(), f"{path} {key}", "finite numbers", "NaN or infinity")
+    expect(inside, f"{path} {key}", "numbers in [0, 1]", f"{low:g} to {high:g}")
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Numbers of [0, 1] in steps of four decimals, as integers 0..10000 of the same shape."""
+    return np.rint(values.astype(np.float64) * STEPS).astype(np.int64)
 
 
 @cache
-def _decimals() -> np.ndarray:
-    """The texts of all four-decimal numbers from 0 to 1: looking them up is faster than formatting."""
-    return np.array([repr(step / STEPS) for step in range(STEPS + 1)], dtype=object)
+def _number_bytes() -> np.ndarray:
+    """The eight bytes "d.dddd, " of each level, as one word each: (10001,) uint64."""
+    return np.frombuffer("".join(f"{level / STEPS:.4f}, " for level in range(STEPS + 1)).encode(), dtype=np.uint64)
 
 
-def _text(score: float, pixels: np.ndarray) -> str:
-    rows = _decimals()[np.rint(pixels[0].astype(np.float64) * STEPS).astype(np.int64)]  # (224, 224) of str
-    nested = "], [".join(", ".join(row) for row in rows.tolist())
-    return (f'{{"{IMAGE}": {{"__ndarray__": {round(score, 4)!r}, "dtype": "float64", "shape": []}}, '
-            f'"{PIXELS}": {{"__ndarray__": [[[{nested}]]], "dtype": "float64", "shape": [1, {SIDE}, {SIDE}]}}}}')
+def _file_bytes(score: np.ndarray, levels: np.ndarray) -> bytes:
+    """A whole score file from the levels of the image score, (), and of the map, (224, 224)."""
+    rows = np.empty((SIDE, ROW), dtype=np.uint8)
+    rows[:, 0] = ord("[")
+    rows[:, 1:-1] = _number_bytes()[levels].view(np.uint8)
+    rows[:, -3:] = np.frombuffer(b"], ", dtype=np.uint8)
+    rows[-1, -3:] = ord("]")  # ends the row and both lists around it
+    number = _number_bytes()[score].tobytes()[:SCORE_END - len(HEAD)]
+    return b"".join([HEAD, number, BETWEEN, rows.tobytes(), TAIL])
 
 
 def read_scores(root: Path, category: Category) -> tuple[np.ndarray, np.ndarray]:
@@ -72,17 +91,50 @@ def read_scores(root: Path, category: Category) -> tuple[np.ndarray, np.ndarray]
     maps = np.empty((len(category.images), 1, SIDE, SIDE))
     for index, image in enumerate(category.images):
         path = score_file(root, category.name, image)
-        record = _load(path)
+        content = _content(path)
+        levels = _own_levels(content)
+        if levels is not None:
+            image_scores[index], maps[index, 0] = levels[0] / STEPS, levels[1] / STEPS
+            continue
+        record = _record(path, content)
         image_scores[index] = _array(path, record, IMAGE, ())
         maps[index] = _array(path, record, PIXELS, (1, SIDE, SIDE))
     return image_scores, maps
 
 
-def _load(path: Path) -> dict:
+def _content(path: Path) -> bytes:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: expected a score file, found {error.strerror}") from None
+
+
+def _own_levels(content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+    """Levels of the image score, (), and of the map, (224, 224); None unless we wrote exactly these bytes.
+
+    The digits are read off their places without a look at what stands there. Writing the levels anew is the check:
+    every byte has to come out as it was.
+    """
+    if len(content) != FILE_SIZE:
+        return None
+    raw = np.frombuffer(content, dtype=np.uint8)
+    score = _digits(raw[len(HEAD):len(HEAD) + NUMBER])
+    rows = raw[MAP_START:-len(TAIL)].reshape(SIDE, ROW)
+    levels = _digits(rows[:, 1:-1].reshape(SIDE, SIDE, NUMBER))
+    if min(score, levels.min()) < 0 or max(score, levels.max()) > STEPS:
+        return None
+    return (score, levels) if _file_bytes(score, levels) == content else None
+
+
+def _digits(numbers: np.ndarray) -> np.ndarray:
+    """Levels (...) of eight bytes "d.dddd, " each: (..., 8)."""
+    places = np.array([10_000, 0, 1000, 100, 10, 1, 0, 0], dtype=np.float32)  # every sum stays below 2^24: exact
+    return (numbers.astype(np.float32) @ places - ord("0") * places.sum()).astype(np.int64)
+
+
+def _record(path: Path, content: bytes) -> dict:
+    try:
+        record = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise InputError(f"{path}: expected JSON, found {error}") from None
     expect(isinstance(record, dict), path, "a JSON object", type(record).__name__)

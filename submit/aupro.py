@@ -42,24 +42,39 @@ def aupro(truth: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def region_curves(truth: np.ndarray, scores: np.ndarray) -> RegionCurves | None:
-    """Overlap and false-positive counts of each image at each threshold; None for constant maps."""
-    scores = scores.astype(np.float64)
-    low, high = scores.min(), scores.max()
-    step = (high - low) / STEPS
-    if step == 0 or not np.any(truth) or np.all(truth):
+    """Overlap and false-positive counts of each image at each threshold; None where there are no such thresholds.
+
+    That is for constant maps, for a range beyond float64, and with one label only.
+    """
+    low, high = np.float64(scores.min()), np.float64(scores.max())
+    with np.errstate(over="ignore"):  # an infinite range is answered, not warned of
+        step = (high - low) / STEPS
+    if not 0 < step < np.inf or not np.any(truth) or np.all(truth):
         return None
     thresholds = np.arange(low, high, step)  # this very call: it sometimes yields 201 values
-    above = _thresholds_below(scores.reshape(len(scores), -1), thresholds, step)
-    columns = len(thresholds) + 1
-    labels, areas, owner = _label_regions(truth)
-    images = np.arange(len(truth))[:, None]
-    rows = np.where(labels > 0, labels + len(truth) - 1, images)  # normal pixels by image, then regions
-    counts = np.bincount((rows * columns + above).ravel(), minlength=(len(truth) + len(areas)) * columns)
-    reached = counts.reshape(-1, columns)[:, ::-1].cumsum(1)[:, ::-1][:, 1:]  # (N + regions, T)
-    overlap = np.zeros((len(truth), len(thresholds)))
-    np.add.at(overlap, owner, reached[len(truth):] / areas[:, None])
-    normal = (labels == 0).sum(1)
-    return RegionCurves(overlap, np.bincount(owner, minlength=len(truth)), reached[:len(truth)], normal)
+    shape = len(truth), len(thresholds)
+    curves = RegionCurves(np.zeros(shape), np.zeros(len(truth), np.int64), np.zeros(shape, np.int64),
+                          np.zeros(len(truth), np.int64))
+    for i, (mask, pixels) in enumerate(zip(truth, scores, strict=True)):
+        above = _thresholds_below(pixels.astype(np.float64).ravel(), thresholds, step)
+        areas, reached = _reached(mask, above, len(thresholds) + 1)
+        curves.overlap[i] = (reached[1:] / areas[1:, None]).sum(0)
+        curves.false_positives[i] = reached[0]
+        curves.regions[i], curves.normal[i] = len(areas) - 1, areas[0]
+    return curves
+
+
+def _reached(mask: np.ndarray, above: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Areas (1 + regions,) and pixels above each threshold (1 + regions, T) of the normal part and of each region.
+
+    mask: (H, W); above: (H * W,), how many of the columns - 1 thresholds lie below each pixel.
+    """
+    regions = 0
+    if mask.any():
+        labels, regions = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+        above = above + labels.ravel() * np.int64(columns)
+    counts = np.bincount(above, minlength=(regions + 1) * columns).reshape(-1, columns)
+    return counts.sum(1), counts[:, ::-1].cumsum(1)[:, ::-1][:, 1:]
 
 
 def _thresholds_below(scores: np.ndarray, thresholds: np.ndarray, step: float) -> np.ndarray:
@@ -68,7 +83,8 @@ def _thresholds_below(scores: np.ndarray, thresholds: np.ndarray, step: float) -
     Division places a score to within one interval (rounding); comparing with the thresholds settles it.
     """
     bounds = np.append(thresholds, np.inf)
-    count = ((scores - thresholds[0]) * (1 / step)).astype(np.int32) - 1
+    with np.errstate(over="ignore", invalid="ignore"):  # 1 / step of the tiniest ranges; the comparisons notice
+        count = ((scores - thresholds[0]) * (1 / step)).astype(np.int32) - 1
     np.clip(count, 0, len(thresholds), out=count)
     above = scores > bounds[count]
     stuck = ~above & (count > 0)  # where division may have gone too far
@@ -78,18 +94,6 @@ def _thresholds_below(scores: np.ndarray, thresholds: np.ndarray, step: float) -
         above = scores > bounds[count]
     # a range near the rounding of its values (never so in score files, which have four decimals) needs the search
     return count if settled and not above.any() else np.searchsorted(thresholds, scores, side="left")
-
-
-def _label_regions(truth: np.ndarray) -> tuple[np.ndarray, ...]:
-    """8-connected regions over all masks: labels (N, H*W) from 1, areas (regions,), owning image (regions,)."""
-    labels = np.zeros(truth.shape, dtype=np.int32)
-    owner: list[int] = []
-    for i in np.flatnonzero(truth.any(axis=(1, 2))):
-        found, count = ndimage.label(truth[i], structure=EIGHT_NEIGHBOURS)
-        labels[i] = np.where(found > 0, found + len(owner), 0)
-        owner += [i] * count
-    areas = np.bincount(labels.ravel(), minlength=len(owner) + 1)[1:]
-    return labels.reshape(len(truth), -1), areas, np.array(owner, dtype=np.int64)
 
 
 def area_under(curves: RegionCurves, weights: np.ndarray) -> np.ndarray:

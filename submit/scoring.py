@@ -5,7 +5,7 @@ import numpy as np
 
 from data.errors import expect
 from submit.aupro import aupro
-from submit.pixel_curves import level_counts, ranking_metrics
+from submit.pixel_curves import ranking
 from submit.rules import rules
 
 IMAGE_METRICS = ("image_auroc", "image_f1", "image_ap")
@@ -59,15 +59,19 @@ def measured_metrics(image_truth: np.ndarray, image_scores: np.ndarray, pixel_tr
                      pixel_scores: np.ndarray | None) -> dict[str, float | None]:
     """The seven metrics in [0, 1]; None where one is undefined: a single label, no defect, constant maps.
 
-    Without pixel arrays (None) the four pixel metrics are None.
+    Without pixel arrays (both None) the four pixel metrics are None. Scores are ranked as they are: any finite numbers,
+    not only those of [0, 1].
     """
     image_truth, image_scores = np.asarray(image_truth).astype(bool), np.asarray(image_scores)
     _check_scores("image scores", image_truth, image_scores)
     values: dict[str, float | None] = dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS)
     if _two_sided(image_truth):
         values |= _ranking("image", image_truth, image_scores)
-    if pixel_truth is not None and pixel_scores is not None:
-        pixel_truth, pixel_scores = _maps(pixel_truth).astype(bool), _maps(pixel_scores)
+    expect((pixel_truth is None) == (pixel_scores is None), "pixel arrays", "truth and scores, or neither", "one")
+    if pixel_truth is not None:
+        pixel_truth, pixel_scores = _maps(pixel_truth).astype(bool, copy=False), _maps(pixel_scores)
+        expect(len(pixel_truth) == len(image_truth), "pixel truth", f"{len(image_truth)} masks, one an image",
+               len(pixel_truth))
         _check_scores("pixel scores", pixel_truth, pixel_scores)
         if _two_sided(pixel_truth):
             values |= _ranking("pixel", pixel_truth, pixel_scores)
@@ -80,8 +84,8 @@ def _two_sided(truth: np.ndarray) -> bool:
 
 
 def _ranking(level: str, truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    auroc, average_precision, f1 = ranking_metrics(*level_counts(truth, scores))
-    return {f"{level}_auroc": float(auroc), f"{level}_f1": float(f1), f"{level}_ap": float(average_precision)}
+    auroc, average_precision, f1 = ranking(truth, scores)
+    return {f"{level}_auroc": auroc, f"{level}_f1": f1, f"{level}_ap": average_precision}
 
 
 def _maps(values: np.ndarray) -> np.ndarray:
@@ -94,7 +98,9 @@ def _maps(values: np.ndarray) -> np.ndarray:
 
 def _check_scores(where: str, truth: np.ndarray, scores: np.ndarray) -> None:
     expect(truth.shape == scores.shape, where, f"shape {truth.shape}, as the truth", scores.shape)
-    expect(np.isfinite(scores).all(), where, "finite values", "NaN or infinity")
+    expect(scores.dtype.kind in "fiub", where, "real numbers", scores.dtype)
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim))))
+    expect(not len(bad), where, "finite values", f"NaN or infinity in images {bad[:5].tolist()} (from 0)")
 
 
 def weighted_score(values: dict[str, float], names: tuple[str, ...] = IMAGE_METRICS + PIXEL_METRICS) -> float:

@@ -4,7 +4,9 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
+from submit import pixel_curves
 from submit.aupro import _thresholds_below, area_under, aupro, region_curves
+from submit.pixel_curves import level_counts, ranking, ranking_metrics
 from submit.scoring import (
     anomaly_metrics,
     backdoored,
@@ -66,14 +68,46 @@ def test_seven_metrics_equal_the_organizers(seed, decimals):
     expected["leaderboard_score"] = sum(weights[k] * expected[k] for k in weights) / sum(weights.values())
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=1e-9), name
+        assert found[name] == pytest.approx(value, abs=1e-12), name
+
+
+def sorted_way(truth, scores):
+    return roc_auc_score(truth, scores), average_precision_score(truth, scores), slow_f1(truth, scores)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 18])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "beyond", "grid", "float32", "few positives", "few negatives"])
+def test_blocks_of_pixels_make_no_difference(monkeypatch, block, kind):
+    monkeypatch.setattr(pixel_curves, "BLOCK", block)
+    rng = np.random.default_rng(11)
+    truth = rng.random(400) < {"few positives": 0.01, "few negatives": 0.99}.get(kind, 0.3)
+    scores = rng.normal(size=400) + truth
+    if kind in ("ties", "beyond"):
+        scores = scores.round(1) * (1 if kind == "ties" else 1e12)
+    if kind == "grid":
+        scores = (scores / 20 + 0.5).clip(0, 1).round(4)
+    if kind == "float32":
+        scores = scores.astype(np.float32)
+    assert (pixel_curves.grid_counts(truth, scores) is not None) == (kind == "grid")
+    expected = sorted_way(truth, scores)
+    assert ranking(truth, scores) == pytest.approx(expected, abs=1e-12)
+    assert ranking_metrics(*level_counts(truth, scores)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_score_off_the_grid_is_not_rounded_to_it(monkeypatch):
+    monkeypatch.setattr(pixel_curves, "BLOCK", 16)
+    scores = np.linspace(0, 1, 101).round(4)
+    truth = scores == 0.5
+    scores[90] = 0.5 + 1e-12  # a negative just above the positive, in a late block
+    assert ranking(truth, scores) == pytest.approx(sorted_way(truth, scores), abs=1e-12)
+    assert ranking(truth, scores)[1] == pytest.approx(1 / 51)
 
 
 def test_negative_scores_and_scores_beyond_one():
     image_truth, image_scores, masks, maps = category(5)
     moved = anomaly_metrics(image_truth, image_scores * 7 - 3, masks, maps * 7 - 3)
-    assert moved["pixel_aupro"] == pytest.approx(slow_aupro(masks, maps * 7 - 3), abs=1e-9)
-    assert moved["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-9)
+    assert moved["pixel_aupro"] == pytest.approx(slow_aupro(masks, maps * 7 - 3), abs=1e-12)
+    assert moved["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-12)
 
 
 def test_one_label_only_counts_as_zero_and_is_named():
@@ -92,11 +126,32 @@ def test_constant_maps_have_no_aupro():
     assert anomaly_metrics(image_truth, image_scores, masks, np.full_like(maps, 0.5))["pixel_aupro"] == 0
 
 
-def test_one_giant_outlier_leaves_aupro_undefined():
-    masks = np.zeros((1, 8, 8), bool)
-    masks[0, 0, 0] = True
-    maps = np.where(masks, 1000.0, 0.0)  # every threshold keeps the same false-positive rate, zero
+def test_the_organizers_way_ends_on_constant_maps():
+    # a step of 0: numpy's arange has no length for it, and says so in one of two ways by its version
+    with np.errstate(invalid="ignore"), pytest.raises((ZeroDivisionError, ValueError), match=r"zero|length"):
+        slow_aupro(category(7)[2], np.full((9, 24, 24), 0.5))
+
+
+@pytest.mark.parametrize("defect", [True, False])
+def test_one_giant_outlier_leaves_aupro_undefined(defect):
+    image_truth, _, masks, maps = category(8)
+    maps[tuple(np.argwhere(masks == defect)[0])] = 1e6  # all thresholds but the lowest keep one false-positive rate
     assert aupro(masks, maps) is None
+    measured = measured_metrics(image_truth, maps.max((1, 2)), masks, maps)
+    assert measured["pixel_aupro"] is None and measured["pixel_ap"] > 0
+    with pytest.raises(RuntimeWarning, match="invalid value encountered in divide"):  # 0 / 0
+        slow_aupro(masks, maps)
+
+
+@pytest.mark.parametrize("width", [1.5e-321, 1e-310, 1e-300])
+def test_aupro_of_the_tiniest_ranges(width):
+    _, _, masks, maps = category(12)
+    assert aupro(masks, maps * width) == pytest.approx(slow_aupro(masks, maps * width), abs=1e-12)
+
+
+def test_a_range_beyond_float64_has_no_aupro():
+    _, _, masks, maps = category(12)
+    assert aupro(masks, (maps - 0.5) * 3.4e308) is None
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -172,7 +227,19 @@ def test_wrong_shapes_and_nan_are_refused(refuses):
     image_truth, image_scores, masks, maps = category(9)
     with refuses(r"image scores: expected shape \(9,\), as the truth, found \(8,\)"):
         anomaly_metrics(image_truth, image_scores[:8], masks, maps)
-    with refuses(r"pixel scores: expected finite values, found NaN or infinity"):
-        anomaly_metrics(image_truth, image_scores, masks, np.where(masks, np.nan, maps))
+    with refuses(r"image scores: expected finite values, found NaN or infinity in images \[2\] \(from 0\)"):
+        anomaly_metrics(image_truth, np.where(np.arange(9) == 2, np.nan, image_scores), masks, maps)
+    with refuses(r"image scores: expected real numbers, found <U1"):
+        anomaly_metrics(image_truth, np.full(9, "a"), masks, maps)
+    spoilt = maps.copy()
+    spoilt[5, 3, 3], spoilt[7, 0, 0] = np.nan, np.inf
+    with refuses(r"pixel scores: expected finite values, found NaN or infinity in images \[5, 7\] \(from 0\)"):
+        anomaly_metrics(image_truth, image_scores, masks, spoilt)
+    with refuses(r"pixel scores: expected shape \(9, 24, 24\), as the truth, found \(9, 24, 23\)"):
+        anomaly_metrics(image_truth, image_scores, masks, maps[..., 1:])
+    with refuses(r"pixel truth: expected 9 masks, one an image, found 8"):
+        anomaly_metrics(image_truth, image_scores, masks[:8], maps[:8])
+    with refuses(r"pixel arrays: expected truth and scores, or neither, found one"):
+        anomaly_metrics(image_truth, image_scores, masks, None)
     with refuses(r"pixel arrays: expected shape \(N, H, W\) or \(N, 1, H, W\), found \(9, 2, 24, 24\)"):
         anomaly_metrics(image_truth, image_scores, np.stack([masks, masks], 1), maps)
