@@ -1,0 +1,56 @@
+"""The end of the time a defense has, asked between steps."""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+CAUTION = 1.5  # the next step is taken to last as many times the longest so far
+
+
+class Deadline:
+    """Called before a step: True where that step would end too late. Without `seconds` it never does.
+
+    start: by `clock`, the beginning of the time; None = now.
+    """
+
+    def __init__(self, seconds: float = math.inf, *, clock: Callable[[], float] = time.perf_counter,
+                 start: float | None = None, parent: Deadline | None = None) -> None:
+        self.clock, self.parent = clock, parent
+        self.last = clock()
+        self.start = self.last if start is None else start
+        self.end = self.start + seconds
+        self.longest = parent.longest if parent else 0.0
+
+    def __call__(self) -> bool:
+        now = self._now()
+        self._note(now - self.last)
+        self.last = now
+        return not self.fits(1)
+
+    def fits(self, steps: float) -> bool:
+        """Whether so many steps end in time, judged by the longest so far."""
+        return self._now() + CAUTION * steps * self.longest <= self.end
+
+    def part(self, share: float) -> Deadline:
+        """The end of `share` of the time left, for a stage; what it learns of the steps' length counts here too."""
+        now = self._now()
+        self.last = now
+        return Deadline(share * (self.end - now), clock=self.clock, start=now, parent=self)
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self._now() - self.start
+
+    def _now(self) -> float:
+        if torch.cuda.is_available() and torch.cuda.is_initialized() and math.isfinite(self.end):
+            torch.cuda.synchronize()  # else the clock would time the queueing alone
+        return self.clock()
+
+    def _note(self, seconds: float) -> None:
+        self.longest = max(self.longest, seconds)
+        if self.parent:
+            self.parent._note(seconds)
+            self.parent.last = self.clock()
