@@ -3,7 +3,9 @@
 Source: the report of a contest entry on zero-shot anomaly detection. The mean colours of a 4 x 4 grid of patches in
 the middle of the image, each an eighth of its side, stand for the object. A pixel is background if it is far from
 more than 90 % of them and lies outside a central disc.
-Departs from it: works at any size; the grid covers the central half of either side.
+Departs from it: works at any size; the grid covers the central half of either side. The mask is not for every
+category: where it is not the same in all images, it hides defects at the rim of an object, or of a strange colour,
+and costs far more than it gains elsewhere. `hides_background` says where it is.
 """
 from __future__ import annotations
 
@@ -16,6 +18,10 @@ CELLS = 4  # patches along a side of the central grid
 FAR = 90.0  # Euclidean distance of colours, 0-255 per channel
 MOST = 0.9  # share of the patches that a background pixel is far from
 DISC = 4 / 9  # radius of the central disc, in heights; pixels in it are never background
+SHARES = (0.05, 0.7)  # of all pixels: less is not worth hiding, more leaves too little
+SAME = 0.95  # least intersection over union of an image's mask with that of the majority
+BORDER = 0.5  # least share of the image border that the majority's mask covers
+TOP, CONCENTRATED = 0.01, 0.05  # of the highest scores, TOP of all, at most this share may be hidden
 
 
 def background(images: Tensor) -> Tensor:
@@ -49,6 +55,52 @@ def _disc(height: int, width: int, device: torch.device) -> Tensor:
 
 def without_background(maps: Tensor, hidden: Tensor) -> Tensor:
     """(N, 1, H, W) maps with the pixels where hidden (N, H, W) is True set to the minimum over all maps."""
+    _check_fit(maps, hidden)
+    return torch.where(hidden[:, None], maps.min(), maps)
+
+
+def _check_fit(maps: Tensor, hidden: Tensor) -> None:
     expect(maps.shape == (len(hidden), 1, *hidden.shape[1:]), "maps.shape", f"({len(hidden)}, 1, H, W) as the mask",
            tuple(maps.shape))
-    return torch.where(hidden[:, None], maps.min(), maps)
+
+
+def hides_background(hidden: Tensor, maps: Tensor | None = None) -> bool:
+    """Whether masks (N, H, W) bool, True = background, may be applied to the category; told without labels.
+
+    They have to be nearly the same in every image, cover half of the border, and hide neither too little nor too much.
+    maps: (N, 1, H, W) scores before masking; if given, few of the highest may lie where they would be hidden.
+    On generated sets the mask gained up to 0.6 points of the weighted pixel metrics where this holds; elsewhere
+    between 0.8 more and 10 less.
+    """
+    expect(hidden.ndim == 3 and hidden.dtype == torch.bool and hidden.numel() > 0, "hidden",
+           "(N, H, W) bool, not empty", f"{tuple(hidden.shape)} {hidden.dtype}")
+    usual = hidden.sum(0) * 2 > len(hidden)
+    alike = (hidden & usual).sum((1, 2)) >= SAME * (hidden | usual).sum((1, 2))
+    border = torch.cat([usual[0], usual[-1], usual[:, 0], usual[:, -1]]).float().mean()
+    share = hidden.float().mean()
+    if not (SHARES[0] <= share <= SHARES[1] and bool(alike.all()) and border >= BORDER):
+        return False
+    return maps is None or _highest_hidden(maps, hidden) <= CONCENTRATED
+
+
+def _highest_hidden(maps: Tensor, hidden: Tensor) -> float:
+    """Share of the highest scores, TOP of all and those equal to the last, that masks would hide."""
+    _check_fit(maps, hidden)
+    scores = maps[:, 0]
+    high = scores >= scores.flatten().kthvalue(max(1, round((1 - TOP) * scores.numel()))).values
+    return float((high & hidden).sum() / high.sum())
+
+
+def fitted_masks(masks: Tensor, count: int, size: tuple[int, int]) -> Tensor:
+    """Masks of one's own for `count` images, (N, H, W) bool, True = background, brought to the size of the maps.
+
+    Every pixel takes the nearest one of the mask. A mask that hides a whole image is refused.
+    """
+    expect(isinstance(masks, Tensor) and masks.dtype == torch.bool, "masks", "a bool tensor, True = background",
+           masks.dtype if isinstance(masks, Tensor) else type(masks).__name__)
+    expect(masks.ndim == 3 and len(masks) == count and masks.numel() > 0, "masks.shape", f"({count}, H, W)",
+           tuple(masks.shape))
+    fitted = torch.nn.functional.interpolate(masks[:, None].to(torch.uint8), size=size, mode="nearest-exact")[:, 0] > 0
+    whole = fitted.all(2).all(1).nonzero().flatten().tolist()
+    expect(not whole, "masks", "something left of every image", f"none of image {whole[0] if whole else ''}")
+    return fitted

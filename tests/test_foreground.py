@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from anomaly.foreground import background, without_background
+from anomaly.foreground import background, fitted_masks, hides_background, without_background
 
 
 def by_hand(image):
@@ -46,6 +46,63 @@ def test_hidden_pixels_take_the_minimum_of_all_maps():
     maps = torch.tensor([[[[0.5, 0.7]]], [[[0.2, 0.9]]]])
     hidden = torch.tensor([[[True, False]], [[False, False]]])
     torch.testing.assert_close(without_background(maps, hidden), torch.tensor([[[[0.2, 0.7]]], [[[0.2, 0.9]]]]))
+
+
+def framed(n=6, side=20, rim=3):
+    """Masks that hide the same frame in every image."""
+    hidden = torch.ones(n, side, side, dtype=torch.bool)
+    hidden[:, rim:-rim, rim:-rim] = False
+    return hidden
+
+
+def test_the_same_frame_in_every_image_is_background():
+    assert hides_background(framed())
+
+
+def test_the_rule_says_no_to_each_of_its_reasons():
+    unlike = framed()
+    unlike[2, 3:13, 3:5] = True  # a defect of strange colour at the rim of one object
+    inner = torch.zeros(6, 20, 20, dtype=torch.bool)
+    inner[:, 5:15, 5:15] = True  # alike, but a hole in the middle
+    hardly_anything, all_but_a_spot = framed(side=100, rim=1), framed(side=20, rim=8)
+    for hidden in (unlike, inner, hardly_anything, all_but_a_spot, torch.zeros_like(inner)):
+        assert not hides_background(hidden)
+
+
+def test_the_mask_stays_off_where_the_highest_scores_would_be_hidden():
+    hidden = framed()
+    maps = torch.rand(6, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    maps[1, 0, 8:12, 8:14] += 1  # 24 of 2400: the highest hundredth
+    assert hides_background(hidden, maps)
+    maps[1, 0, 0, 2:4] += 2  # two of them lie outside the object
+    assert not hides_background(hidden, maps)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (8, 6), (16, 12), (7, 9)])
+def test_masks_of_ones_own_take_the_nearest_pixel(size):
+    masks = torch.rand(3, 8, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+    found = fitted_masks(masks, 3, size)
+    wanted = [[[bool(mask[int((y + 0.5) * 8 / size[0]), int((x + 0.5) * 6 / size[1])]) for x in range(size[1])]
+               for y in range(size[0])] for mask in masks]
+    assert found.tolist() == wanted
+
+
+def test_bad_masks_are_refused(refuses):
+    with refuses(r"^masks: expected a bool tensor, True = background, found torch.float32$"):
+        fitted_masks(torch.zeros(2, 4, 4), 2, (4, 4))
+    with refuses(r"^masks: expected a bool tensor, True = background, found list$"):
+        fitted_masks([[[True]]], 1, (4, 4))
+    for shape in ((2, 4, 4), (3, 1, 4, 4), (3, 0, 4)):
+        with refuses(r"^masks.shape: expected \(3, H, W\), found \("):
+            fitted_masks(torch.zeros(shape, dtype=torch.bool), 3, (4, 4))
+    whole = torch.zeros(3, 4, 4, dtype=torch.bool)
+    whole[1] = True
+    with refuses(r"^masks: expected something left of every image, found none of image 1$"):
+        fitted_masks(whole, 3, (4, 4))
+    with refuses(r"^hidden: expected \(N, H, W\) bool, not empty, found \(2, 4, 4\) torch.float32$"):
+        hides_background(torch.zeros(2, 4, 4))
+    with refuses(r"^maps.shape: expected \(6, 1, H, W\) as the mask, found \(6, 1, 4, 4\)$"):
+        hides_background(framed(), torch.zeros(6, 1, 4, 4))
 
 
 def test_bad_input_is_refused(refuses):
