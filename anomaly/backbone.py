@@ -78,7 +78,7 @@ CLIP_LARGE = BackboneConfig("vit_large_patch14_clip_336", (5, 11, 17, 23), (518,
 class Features:
     layers: tuple[Tensor, ...]  # (N, L, D) each, in the order of the config
     grid: tuple[int, int]  # rows and columns of patches, L = rows * columns
-    classes: Tensor  # (N, C), unit length
+    classes: Tensor | None  # (N, C), unit length; None = not trained to tell images apart
 
 
 class Backbone(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.devices import free_bytes, half_is_faster
 from data.errors import expect
 
-CPU_BYTES, GPU_BYTES = 32 * 2**20, 2**30  # of products at once: a processor's cache likes few, a GPU takes more
+CPU_BYTES, GPU_BYTES = 8 * 2**20, 2**30  # of products at once: a processor's cache likes few, a GPU takes more
 FREE_SHARE = 0.25  # of the free memory: for products at once, and again for distances at once
 DOUBTFUL = 3e-3  # squared distance, in squared norms of the patch: below, float32 products were seen 1e-5 off and more
 NOISE = 4e-6  # squared distance of unit vectors that 16 bits cannot tell from 0

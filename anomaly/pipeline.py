@@ -1,23 +1,31 @@
-"""From the images of one category to image scores and anomaly maps, by the stages of MuSc.
+"""From the patch features of one category to image scores and anomaly maps, by the stages of MuSc.
 
 Paper: Li et al., MuSc, ICLR 2024, arXiv:2401.16753; image score, degrees and windows as in the report of a contest
-entry. Stages: patch features, neighbourhoods (`lnamd`), mutual scores, image score, smoothing (`rscin`), maps.
+entry. Stages: neighbourhoods (`lnamd`, `snamd`), mutual scores, image score, smoothing (`rscin`, `rscon`), maps,
+foreground, calibration. Each is a switch of MuscConfig.
 Departs from them: scores are scaled to [0, 1] over the category, as the contest asks; a net whose class token is not
-trained gives image scores without smoothing.
+trained gives image scores without smoothing by it.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from anomaly.backbone import Backbone, Features, extract
-from anomaly.foreground import background, without_background
-from anomaly.image_score import image_scores, score_maps
+from anomaly.backbone import Features
+from anomaly.calibration import calibrated
+from anomaly.consistent import shared_defects
+from anomaly.foreground import hides_background, without_background
+from anomaly.image_score import highest_of_map, score_maps, two_highest
 from anomaly.lnamd import neighbourhood_features
-from anomaly.mutual_scoring import mutual_scores
+from anomaly.mutual_scoring import Window, mutual_scores, nearest_distances, nearest_mean
 from anomaly.rscin import smoothed_scores
+from anomaly.rscon import salient_features
+from anomaly.snamd import similarity_weighted_features
+from anomaly.tiles import Tiles
 from data.anomaly_tree import SIDE
 from data.errors import expect
 
@@ -61,48 +69,126 @@ class MuscConfig:
 class PatchScores:
     scores: Tensor  # (N, L) float32, higher = more anomalous
     grid: tuple[int, int]
-    classes: Tensor | None  # (N, C) class features, unit length; None where the net has no trained ones
+    size: tuple[int, int]  # pixels of the input they belong to
+    alike: Tensor | None  # (N, C) unit vectors whose products say which images look alike; None = not known
+
+    @staticmethod
+    def joined(parts: Sequence[PatchScores], places: Sequence[Tensor]) -> PatchScores:
+        """The parts of one category, each part's images brought to their places."""
+        order = torch.cat(list(places)).argsort().to(parts[0].scores.device)
+        alike = None if parts[0].alike is None else torch.cat([part.alike for part in parts])[order]
+        return PatchScores(torch.cat([part.scores for part in parts])[order], parts[0].grid, parts[0].size, alike)
 
 
-def patch_scores(images: Tensor, backbone: Backbone, config: MuscConfig) -> PatchScores:
-    """Mutual scores of all patches. images: (N, 3, H, W) uint8 of the backbone's input size, N >= 2."""
-    expect(len(images) >= 2, "images", ">= 2 images of a category", len(images))
-    found = feature_scores(extract(backbone, images), config)
-    return found if backbone.config.class_features else replace(found, classes=None)
+@dataclass(frozen=True)
+class Judges:
+    """Further images' features: known good ones, and those of an earlier batch; of the same net and tiles."""
+
+    good: Features | None = None
+    earlier: Features | None = None
+
+    def of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        return tuple(None if f is None else f.layers[layer] for f in (self.good, self.earlier))
 
 
-def feature_scores(features: Features, config: MuscConfig) -> PatchScores:
-    """Mutual scores averaged over layers and degrees."""
-    total = 0
-    for layer in features.layers:
-        for degree in config.degrees:
-            patches = neighbourhood_features(layer, features.grid, degree)
-            total = total + mutual_scores(patches, config.keep, precision=config.precision).double()
-    scores = (total / (len(features.layers) * len(config.degrees))).float()
-    return PatchScores(torch.where(scores > ROUNDING, scores, 0), features.grid, features.classes)
+def feature_scores(features: Features, config: MuscConfig, *, tiles: Tiles | None = None,
+                   judges: Judges | None = None) -> PatchScores:
+    """Mutual scores averaged over layers and degrees.
+
+    features: of N images, or of N * T tiles of N images in the order of `Tiles.cut`.
+    """
+    tiles = tiles or Tiles(1, features.grid, (1, 1))
+    total, passes = 0.0, 0
+    for layer in range(len(features.layers)):
+        own = features.layers[layer]
+        good, earlier = (judges or Judges()).of(layer)
+        for degrees in ((config.degrees,) if config.aggregation == "snamd" else ((d,) for d in config.degrees)):
+            patches, *others = (None if x is None else _of_images(aggregated(x, features.grid, degrees, config), tiles)
+                                for x in (own, good, earlier))
+            total = total + _scores(patches, *others, config, tiles).double()
+            passes += 1
+    scores = (total / passes).float()  # (N, T, L)
+    alike = _alike(features, scores, config, tiles)
+    whole = tiles.stitched(torch.where(scores > ROUNDING, scores, 0))
+    return PatchScores(whole, tiles.whole, tiles.canvas, alike)
+
+
+def aggregated(layer: Tensor, grid: tuple[int, int], degrees: Sequence[int], config: MuscConfig) -> Tensor:
+    """(N, L, D) features of neighbourhoods, of unit length, of one layer; SNAMD joins the degrees itself."""
+    if config.aggregation == "snamd":
+        return similarity_weighted_features(layer, grid, degrees)
+    (degree,) = degrees
+    return neighbourhood_features(layer, grid, degree)
+
+
+def _of_images(patches: Tensor, tiles: Tiles) -> Tensor:
+    """(N, T, L, D) of (N * T, L, D)."""
+    return patches.unflatten(0, (-1, tiles.side ** 2))
+
+
+def _scores(patches: Tensor, good: Tensor | None, earlier: Tensor | None, config: MuscConfig, tiles: Tiles) -> Tensor:
+    """(N, T, L). Tiles are one pool of patches, or each place its own where patches are compared place by place."""
+    if config.radius is None:
+        pooled = [None if x is None else x.flatten(1, 2) for x in (patches, good, earlier)]
+        return _pool_scores(*pooled, config, None).unflatten(1, patches.shape[1:3])
+    window = Window(tiles.grid, config.radius)
+    places = [[None if x is None else x[:, t] for x in (patches, good, earlier)] for t in range(patches.shape[1])]
+    return torch.stack([_pool_scores(*place, config, window) for place in places], 1)
+
+
+def _pool_scores(patches: Tensor, good: Tensor | None, earlier: Tensor | None, config: MuscConfig,
+                 window: Window | None) -> Tensor:
+    if not config.consistent or len(patches) < 3 or good is not None or earlier is not None:
+        return mutual_scores(patches, config.keep, good=good, earlier=earlier, window=window,
+                             precision=config.precision)
+    distances = nearest_distances(patches, window=window, precision=config.precision)
+    distances[shared_defects(distances, config.keep)] = torch.inf
+    return nearest_mean(distances, config.keep, others=len(patches) - 1)
+
+
+def _alike(features: Features, scores: Tensor, config: MuscConfig, tiles: Tiles) -> Tensor | None:
+    """What tells which images look alike: class features, or the features of the worst patch (RsCon)."""
+    if config.smoothing == "rscon":
+        layer = features.layers[max(0, len(features.layers) - 2)]  # the second-deepest, as published
+        degrees = config.degrees if config.aggregation == "snamd" else config.degrees[:1]
+        patches = _of_images(aggregated(layer, features.grid, degrees, config), tiles)
+        return salient_features(patches.flatten(1, 2), scores.flatten(1))
+    if config.smoothing == "rscin" and features.classes is not None:
+        return normalize(_of_images(features.classes, tiles).mean(1), dim=-1)
+    return None
 
 
 def category_scores(for_maps: PatchScores, for_images: PatchScores, config: MuscConfig,
-                    small: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                    hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Image scores (N,) and maps (N, 1, 224, 224), both in [0, 1] over the category.
 
-    The two inputs may come from two backbones, or be the same. Without class features image scores are not
-    smoothed: by an untrained token, images would count as alike that are alike in nothing that matters.
-    small: (N, 3, 224, 224) uint8 images, needed where the config hides the background.
+    The two inputs may come from two nets, or be the same. hidden: (N, 224, 224) bool, True where pixels are
+    background and get the lowest score; with foreground = "rule" only where that is likely to help.
     """
-    images = image_scores(for_images.scores)
-    if for_images.classes is not None:
-        images = smoothed_scores(images, for_images.classes, config.windows)
+    images = IMAGE_RULES[config.image_score](for_images)
+    if for_images.alike is not None:
+        images = smoothed_scores(images, for_images.alike, config.windows)
     maps = score_maps(for_maps.scores, for_maps.grid, SIDE)
-    if config.foreground != "off":
-        expect(small is not None, "small", "images of the maps' size, to find the background", None)
-        maps = without_background(maps, background(small.to(maps.device)))
-    return unit_range(images), unit_range(maps)
+    if config.maps == "mean" and for_images is not for_maps:
+        maps = _standard(maps).add_(_standard(score_maps(for_images.scores, for_images.grid, SIDE)))
+    if hidden is not None and (config.foreground != "rule" or hides_background(hidden, maps.to(hidden.device))):
+        maps = without_background(maps, hidden.to(maps.device))
+    maps = calibrated(maps) if config.calibrated else unit_range(maps)
+    return unit_range(images), maps
+
+
+IMAGE_RULES = {"two_highest": lambda found: two_highest(found.scores),
+               "highest": lambda found: highest_of_map(found.scores, found.grid, found.size)}
+
+
+def _standard(maps: Tensor) -> Tensor:
+    """In place: mean 0 and deviation 1 over the category; constant maps become 0."""
+    return maps.sub_(maps.mean()).div_(maps.std().clamp_min(1e-12))
 
 
 def unit_range(values: Tensor) -> Tensor:
-    """Values moved and scaled to [0, 1] over all of them; equal values become 0. Order stays."""
+    """Values moved and scaled, in place, to [0, 1] over all of them; equal values become 0. Order stays."""
     low, high = values.min(), values.max()
     if low == high:
-        return torch.zeros_like(values)
-    return ((values - low) / (high - low)).clamp(0, 1)
+        return values.zero_()
+    return values.sub_(low).div_(high - low).clamp_(0, 1)

@@ -56,6 +56,10 @@ def score(
              "split.")] = None,
     predictions: Annotated[Path | None, typer.Option(
         help="Score the outputs in this folder instead of predicting; for `all`, a folder per task.")] = None,
+    preset: Annotated[str, typer.Option(
+        help="Settings of the anomaly task: embedded, musc, report or musc-v2.")] = "embedded",
+    weights: Annotated[Path | None, typer.Option(
+        help="Folder of the weights that a preset needs: DIR/<timm name of the net>/model.safetensors.")] = None,
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Predict and score a task as the organizers do. An interrupted run goes on when it is started again."""
@@ -63,6 +67,7 @@ def score(
     from submit.tables import print_outcomes, print_record, unit_progress
 
     device = _use_device(device)
+    settings = _use_preset(preset, weights) if task in (Task.anomaly, Task.all) else ()
     run = _new_run(runs, f"score-{task.value}")
     tasks = TASKS if task is Task.all else (task.value,)
     with ExitStack() as stack:
@@ -71,7 +76,7 @@ def score(
             inside = Path(name if task is Task.all else "")
             outcome = score_task(name, runs, data=data and data / inside,
                                  predictions=predictions and predictions / inside,
-                                 seed=seed, device=device, progress=progress)
+                                 seed=seed, device=device, settings=settings, progress=progress)
             if outcome.fresh:
                 stack.callback(outcome.fresh.close)
             outcomes.append(outcome)
@@ -150,6 +155,17 @@ def _use_device(name: str) -> str:
 
     os.environ[VARIABLE] = name
     return str(chosen_device())
+
+
+def _use_preset(name: str, weights: Path | None) -> tuple[str, ...]:
+    """Make a preset the one that the anomaly task's predict function uses; what its predictions depend on."""
+    from anomaly.predict import PRESET, WEIGHTS
+    from anomaly.presets import preset, weight_files
+
+    files = weight_files(preset(name), weights)
+    os.environ[PRESET], os.environ[WEIGHTS] = name, str(weights.resolve()) if weights else ""
+    stats = [(file, file.stat()) for file in files]
+    return (name, *(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats))
 
 
 def _new_run(runs: Path, name: str) -> Path:

@@ -40,8 +40,11 @@ class Outcome:
 
 
 def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | None, seed: int, device: str,
-               progress: Progress) -> Outcome:
-    """Score one task, after predicting into `runs/unfinished` unless `predictions` holds the outputs."""
+               progress: Progress, settings: tuple[str, ...]) -> Outcome:
+    """Score one task, after predicting into `runs/unfinished` unless `predictions` holds the outputs.
+
+    settings: what else the predictions depend on; unfinished ones of other settings are not gone on with.
+    """
     module = import_module(f"submit.task_{task}")
     folder = data or dev_split(task, seed)
     start = time.perf_counter()
@@ -50,7 +53,7 @@ def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | 
     units = None
     with ExitStack() as stack:
         if predictions is None:
-            units = Units(_unfinished(task, runs, folder, device))
+            units = Units(_unfinished(task, runs, folder, (device, *settings)))
             stack.callback(units.close)
             saved_seconds = sum(units.seconds.values())
             failed = _predict(task, module, split, units, progress)
@@ -79,12 +82,12 @@ def _predict(task: str, module: ModuleType, split: Split, units: Units, progress
     return failed
 
 
-def _unfinished(task: str, runs: Path, data: Path, device: str) -> Path:
-    """Where unfinished predictions of this very work lie: same input files, same code and weights, same device."""
+def _unfinished(task: str, runs: Path, data: Path, settings: tuple[str, ...]) -> Path:
+    """Where unfinished predictions of this very work lie: same input files, code, embedded weights and settings."""
     inputs = [(str(p.relative_to(data)), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(data)]
     packages = (ROOT / "data", ROOT / PACKAGES[task])
     code = [p for folder in packages for p in sorted(folder.glob("**/*")) if p.suffix in CODE]
-    return runs / "unfinished" / f"{task}-{fingerprint(str(data.resolve()), inputs, device, *code)}"
+    return runs / "unfinished" / f"{task}-{fingerprint(str(data.resolve()), inputs, *settings, *code)}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,17 +1,15 @@
 """The contest's function: shapes, range, order, small and bad sets; and that it finds defects."""
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import anomaly.predict as predict
-from anomaly.backbone import BackboneConfig, extract, random_backbone
-from anomaly.image_score import image_scores
-from anomaly.lnamd import neighbourhood_features
-from anomaly.pipeline import MuscConfig, PatchScores, category_scores, patch_scores, unit_range
+from anomaly.backbone import BackboneConfig, random_backbone
+from anomaly.category import Nets
+from anomaly.presets import preset
 from data.anomaly_tree import image_truth, pixel_truth, read_tree
 from data.defects import write_anomaly_split
 
@@ -24,7 +22,7 @@ def tiny(monkeypatch):
     """A small random net in place of the embedded one, on the CPU."""
     backbone = random_backbone(TINY, seed=0)
     monkeypatch.setenv("KIT_DEVICE", "cpu")
-    monkeypatch.setattr(predict, "_backbones", lambda device: (backbone, backbone))
+    monkeypatch.setattr(predict, "_nets", lambda *_: Nets(backbone, backbone))
     return backbone
 
 
@@ -38,28 +36,6 @@ def files(tmp_path):
         paths.append(tmp_path / f"{index:02d}.png")
         Image.fromarray(pixels).save(paths[-1])
     return paths
-
-
-def by_hand(pictures, backbone, config):
-    """Image by image with torch.cdist."""
-    features, total = extract(backbone, pictures), 0
-    for layer in features.layers:
-        for degree in config.degrees:
-            z = neighbourhood_features(layer, features.grid, degree)
-            rows = []
-            for i in range(len(z)):
-                near = torch.stack([torch.cdist(z[i], z[j]).amin(1) for j in range(len(z)) if j != i])
-                rows.append(near.sort(0).values[:max(1, int(config.keep * len(near)))].mean(0))
-            total = total + torch.stack(rows)
-    return total / (len(features.layers) * len(config.degrees))
-
-
-def test_patch_scores_are_the_mean_over_layers_and_degrees(tiny):
-    pictures = torch.randint(0, 256, (5, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    exact = MuscConfig(precision="float32")
-    found = patch_scores(pictures, tiny, exact)
-    assert found.grid == (4, 6) and found.classes.shape == (5, 16)
-    torch.testing.assert_close(found.scores, by_hand(pictures, tiny, exact), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12])
@@ -92,19 +68,11 @@ def test_images_all_alike_score_zero(tiny, tmp_path, constant):
 def test_a_second_backbone_makes_the_image_scores(tiny, files, monkeypatch):
     other = random_backbone(TINY, seed=5)
     alone, maps = predict.predict_category(files)
-    monkeypatch.setattr(predict, "_backbones", lambda device: (tiny, other))
+    monkeypatch.setattr(predict, "_nets", lambda *_: Nets(tiny, other))
     scores, same_maps = predict.predict_category(files)
     assert np.array_equal(maps, same_maps) and not np.allclose(alone, scores)
-    monkeypatch.setattr(predict, "_backbones", lambda device: (other, other))
+    monkeypatch.setattr(predict, "_nets", lambda *_: Nets(other, other))
     np.testing.assert_allclose(scores, predict.predict_category(files)[0], atol=1e-6)
-
-
-def test_the_background_is_hidden_where_the_config_says_so(tiny, files, monkeypatch):
-    monkeypatch.setattr(predict, "CONFIG", MuscConfig(foreground="on"))
-    monkeypatch.setattr("anomaly.pipeline.background",
-                        lambda images: torch.ones(len(images), 224, 224, dtype=torch.bool))
-    scores, maps = predict.predict_category(files)
-    assert (maps == 0).all() and scores.max() == 1
 
 
 def test_fewer_than_two_images_are_refused(tiny, files, refuses):
@@ -122,36 +90,6 @@ def test_an_unreadable_image_is_named(tiny, files, refuses):
         predict.predict_category(files)
 
 
-def test_image_scores_are_smoothed_and_scaled_over_the_category():
-    scores = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
-    given = PatchScores(scores, (3, 4), torch.eye(6))  # no image is like another
-    found, maps = category_scores(given, given, MuscConfig(windows=(1, 3)))
-    torch.testing.assert_close(found, unit_range(image_scores(scores)))
-    torch.testing.assert_close(maps[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]], unit_range_of(scores, maps))
-
-
-def test_an_untrained_class_token_smooths_nothing(tiny):
-    pictures = torch.randint(0, 256, (5, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    untrained = random_backbone(replace(TINY, class_features=False), seed=0)
-    found = patch_scores(pictures, untrained, MuscConfig())
-    assert found.classes is None and torch.equal(found.scores, patch_scores(pictures, tiny, MuscConfig()).scores)
-    torch.testing.assert_close(category_scores(found, found, MuscConfig())[0], unit_range(image_scores(found.scores)))
-
-
-def unit_range_of(scores, maps):
-    """Corner patches under the scale of the maps."""
-    whole = torch.nn.functional.interpolate(scores.view(6, 1, 3, 4), (224, 224), mode="bilinear", align_corners=True)
-    return (scores.view(6, 3, 4)[:, [0, 0, -1, -1], [0, -1, 0, -1]] - whole.min()) / (whole.max() - whole.min())
-
-
-def test_settings_that_cannot_work_are_refused(refuses):
-    for changes, message in (({"degrees": (2,)}, "degrees: expected odd numbers from 1"),
-                             ({"keep": 0}, "keep: expected a share"),
-                             ({"windows": ()}, "windows: expected numbers of images from 1")):
-        with refuses(f"^MuscConfig.{message}"):
-            MuscConfig(**changes)
-
-
 def test_the_embedded_backbone_finds_generated_defects(tmp_path, monkeypatch):
     """Well above chance on a set of another seed than the dev split; a smoke test, no figure to quote."""
     monkeypatch.setenv("KIT_DEVICE", "cpu")
@@ -162,3 +100,22 @@ def test_the_embedded_backbone_finds_generated_defects(tmp_path, monkeypatch):
         found.append(roc_auc_score(pixel_truth(category).flatten().numpy(), maps.ravel()))
         assert image_truth(category).sum() == 4
     assert np.mean(found) > 0.7
+
+
+def test_the_preset_of_the_environment_decides(files, monkeypatch, refuses):
+    seen = []
+    monkeypatch.setenv("KIT_DEVICE", "cpu")
+    monkeypatch.setattr(predict, "load_nets", lambda chosen, weights, device: seen.append((chosen.name, weights)))
+    monkeypatch.setattr(predict, "score_category", lambda paths, nets, config: (config.degrees, paths))
+    monkeypatch.setattr(predict, "_nets", predict._nets.__wrapped__)
+    monkeypatch.setattr(predict, "_arrays", lambda scores, maps: scores)
+    monkeypatch.delenv(predict.PRESET, raising=False)
+    monkeypatch.delenv(predict.WEIGHTS, raising=False)
+    assert predict.predict_category(files) == preset("embedded").scoring.degrees
+    monkeypatch.setenv(predict.PRESET, "musc")
+    monkeypatch.setenv(predict.WEIGHTS, "somewhere")
+    assert predict.predict_category(files) == (1, 3, 5)
+    assert seen == [("embedded", None), ("musc", Path("somewhere"))]
+    monkeypatch.setenv(predict.PRESET, "best")
+    with refuses(r"^preset: expected one of embedded, musc, report, musc-v2, found best$"):
+        predict.predict_category(files)

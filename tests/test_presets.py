@@ -1,10 +1,14 @@
 """The named settings: what their papers say, and nets that can be built."""
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from anomaly.backbone import Backbone
+from anomaly import presets
+from anomaly.backbone import EMBEDDED, Backbone, BackboneConfig, random_backbone
 from anomaly.pipeline import MuscConfig
-from anomaly.presets import PRESETS, preset
+from anomaly.presets import PRESETS, Preset, load_nets, preset, weight_files
 
 # degrees, aggregation, windows, smoothing, image score, foreground; keep is 0.3 everywhere
 PUBLISHED = {
@@ -46,3 +50,33 @@ def test_names_are_keys_and_unknown_ones_are_refused(refuses):
     assert all(found.name == name for name, found in PRESETS.items())
     with refuses("^preset: expected one of embedded, musc, report, musc-v2, found MuSc$"):
         preset("MuSc")
+
+
+TINY = BackboneConfig("vit_tiny_patch16_224", (0, 1), (32, 48), (0.5,) * 3, (0.25,) * 3, arguments={
+    "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2})
+
+
+def test_nets_are_loaded_from_folders_of_their_names(tmp_path, refuses):
+    small = replace(TINY, architecture="vit_small_patch16_224")
+    both = Preset("both", TINY, small, MuscConfig())
+    with refuses(r"^preset both: expected --weights DIR with vit_tiny_patch16_224/ in it, found none$"):
+        weight_files(both, None)
+    with refuses(r"vit_tiny_patch16_224/model.safetensors: expected the weights that preset both needs, found no such"):
+        load_nets(both, tmp_path)
+    saved = [random_backbone(config, seed=seed) for seed, config in enumerate((TINY, small), 1)]
+    for net in saved:
+        (tmp_path / net.config.architecture).mkdir()
+        save_file(net.net.state_dict(), tmp_path / net.config.architecture / "model.safetensors")
+    nets = load_nets(both, tmp_path)
+    for net, expected in zip(nets.each, saved, strict=True):
+        assert torch.equal(net.net.blocks[1].mlp.fc1.weight, expected.net.blocks[1].mlp.fc1.weight)
+    alone = load_nets(Preset("alone", TINY, TINY, MuscConfig()), tmp_path)
+    assert alone.for_maps is alone.for_images
+
+
+def test_the_embedded_preset_needs_no_weights(tmp_path, monkeypatch):
+    nets = load_nets(preset("embedded"), None)
+    assert nets.for_maps is nets.for_images
+    monkeypatch.setattr(presets, "IMAGE_BACKBONE", EMBEDDED)
+    nets = load_nets(preset("embedded"), None)
+    assert nets.for_maps is not nets.for_images

@@ -349,12 +349,41 @@ def test_two_runs_on_the_same_data_do_not_meet(capsys, parts, monkeypatch, tmp_p
     def while_another_runs(paths):
         with pytest.raises(InputError, match="expected no other run on the same data, found one at work"):
             score_task("anomaly", Path("runs"), data=parts, predictions=None, seed=0, device="cpu",
-                       progress=lambda *_: None)
+                       settings=("embedded",), progress=lambda *_: None)
         return quick(paths)
 
     monkeypatch.setattr(anomaly.predict, "predict_category", while_another_runs)
     status, _, err = run(capsys, "score", "anomaly", "--data", parts, "--device", "cpu")
     assert (status, err) == (0, "")
+
+
+def test_a_preset_reaches_the_predict_function(capsys, parts, monkeypatch, tmp_path):
+    quick, seen = anomaly.predict.predict_category, []
+
+    def watched(paths):
+        seen.append((os.environ["KIT_ANOMALY_PRESET"], os.environ["KIT_WEIGHTS"]))
+        return quick(paths)
+
+    monkeypatch.setattr(anomaly.predict, "predict_category", watched)
+    folder = tmp_path / "nets" / "vit_large_patch14_clip_336"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"the double above does not read it")
+    status, _, err = run(capsys, "score", "anomaly", "--data", parts, "--device", "cpu", "--preset", "musc",
+                         "--weights", tmp_path / "nets")
+    assert (status, err) == (0, "") and set(seen) == {("musc", str(tmp_path / "nets"))}
+    run(capsys, "score", "anomaly", "--data", parts, "--device", "cpu")
+    assert seen[-1] == ("embedded", "")
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--preset", "best"), "preset: expected one of embedded, musc, report, musc-v2, found best"),
+    (("--preset", "musc"), "preset musc: expected --weights DIR with vit_large_patch14_clip_336/ in it, found none"),
+    (("--preset", "report", "--weights", "nowhere"), "nowhere/vit_large_patch14_dinov2/model.safetensors: expected the "
+     "weights that preset report needs, found no such file"),
+])
+def test_a_preset_that_cannot_run_is_named(capsys, parts, options, message):
+    status, out, err = run(capsys, "score", "anomaly", "--data", parts, *options)
+    assert (status, out, err) == (2, "", f"error: {message}\n")
 
 
 def test_all_takes_a_folder_per_task(capsys, parts, scenes, tmp_path):

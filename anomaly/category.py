@@ -1,0 +1,143 @@
+"""One category from its image files to scores and maps, within the memory there is.
+
+Every file is read once and prepared for each net. Where the features of all images do not fit, random groups of
+images score each other; maps, image scores and smoothing are then made over the whole category.
+"""
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anomaly.backbone import INTERPOLATION, Backbone, Features, extract, extract_all
+from anomaly.foreground import background, fitted_masks
+from anomaly.pipeline import Judges, MuscConfig, PatchScores, category_scores, feature_scores
+from anomaly.tiles import Tiles
+from data.anomaly_tree import SIDE
+from data.devices import free_bytes
+from data.errors import expect
+from data.images import read_rgb, to_uint8
+
+FREE_SHARE = 0.5  # of the free memory that a group's features may take; products and distances take their own
+COPIES = 4        # of the features of one layer while they are compared
+SEED = 0          # of the groups
+
+
+@dataclass(frozen=True)
+class Nets:
+    """The net for maps and the one for image scores; one and the same object where one does both."""
+
+    for_maps: Backbone
+    for_images: Backbone
+
+    @property
+    def each(self) -> tuple[Backbone, ...]:
+        return (self.for_maps,) if self.for_images is self.for_maps else (self.for_maps, self.for_images)
+
+
+def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, *, good: Sequence[Path | str] = (),
+                   earlier: Sequence[Features] = (), masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Image scores (N,) and maps (N, 1, 224, 224) in [0, 1] over the category, in the order of the paths.
+
+    N >= 2, or >= 1 with other judges. good: files of known good images; they judge and are not scored. earlier: what
+    `category_features` gave for an earlier batch, likewise. masks: (N, H, W) bool of any size, True = background,
+    in place of the config's. Errors: too few images; a file that is no image, features that are not finite (named).
+    """
+    paths = list(paths)
+    least = 1 if good or earlier else 2
+    expect(len(paths) >= least, "paths", f">= {least} image{'s' * (least > 1)} of a category", len(paths))
+    judged = category_features(good, nets, config) if good else (None,) * len(nets.each)
+    judges = [Judges(*pair) for pair in zip(judged, earlier or (None,) * len(nets.each), strict=True)]
+    groups = _groups(len(paths), nets, config, least)
+    found: list[list[PatchScores]] = []
+    for group in groups:
+        features = category_features([paths[i] for i in group.tolist()], nets, config)
+        found.append([feature_scores(own, config, tiles=tiles_of(net, config), judges=theirs)
+                      for own, net, theirs in zip(features, nets.each, judges, strict=True)])
+        del features
+    joined = [PatchScores.joined(parts, groups) for parts in zip(*found, strict=True)]
+    if masks is not None:
+        return category_scores(joined[0], joined[-1], replace(config, foreground="on"),
+                               fitted_masks(masks, len(paths), (SIDE, SIDE)))
+    hidden = None if config.foreground == "off" else background(_small(paths))
+    return category_scores(joined[0], joined[-1], config, hidden)
+
+
+def category_features(paths: Sequence[Path | str], nets: Nets, config: MuscConfig) -> tuple[Features, ...]:
+    """Patch features of the images for each net, of all tiles; each file is read once."""
+    kept = torch.float16 if next(nets.for_maps.parameters()).is_cuda else torch.float32
+    if config.tiles == 1:
+        found = extract_all(nets.each, paths, read=_read, dtype=kept)
+    else:
+        found = tuple(extract(net, images, dtype=kept)
+                      for net, images in zip(nets.each, _all_tiles(paths, nets, config), strict=True))
+    return tuple(features if net.config.class_features else replace(features, classes=None)
+                 for net, features in zip(nets.each, found, strict=True))
+
+
+def _read(path: Path | str) -> Image.Image:
+    return read_rgb(path, upright=False)  # as the organizers read it: masks belong to the stored pixels
+
+
+def _all_tiles(paths: Sequence[Path | str], nets: Nets, config: MuscConfig) -> list[Tensor]:
+    """(N * T, 3, h, w) uint8 for each net."""
+    layouts = [tiles_of(net, config) for net in nets.each]
+
+    def resized(path: Path | str) -> list[Tensor]:
+        image, sizes = _read(path), [layout.canvas[::-1] for layout in layouts]
+        return [to_uint8(image.resize(size, INTERPOLATION[net.config.interpolation]))
+                for net, size in zip(nets.each, sizes, strict=True)]
+
+    with ThreadPoolExecutor() as pool:
+        ready = zip(*pool.map(resized, paths), strict=True)
+        return [layout.cut(torch.stack(images)) for layout, images in zip(layouts, ready, strict=True)]
+
+
+def tiles_of(net: Backbone, config: MuscConfig) -> Tiles:
+    """How the config's tiles lie on the patches of the net."""
+    height, width = net.config.size
+    return Tiles(config.tiles, net.grid, (height // net.grid[0], width // net.grid[1]))
+
+
+def _groups(count: int, nets: Nets, config: MuscConfig, least: int) -> list[Tensor]:
+    """Positions of the images of each group, ascending; as few groups as the memory takes unless the config says."""
+    device = next(nets.for_maps.parameters()).device
+    needed = sum(_bytes_an_image(net, config) for net in nets.each)
+    fitting = int(FREE_SHARE * free_bytes(device) / needed)
+    number = config.subsets or math.ceil(count / max(fitting, 1))
+    if number == 1 or count < 2 * least:
+        return [torch.arange(count)]
+    expect(number <= count // least, "images", f"memory for the features of {least} images at least",
+           f"{needed / 2**20:.0f} MiB an image, {free_bytes(device) / 2**20:.0f} MiB free" if not config.subsets
+           else f"{number} groups of {count}")
+    if not config.subsets:
+        warnings.warn(f"{count} images are scored in {number} random groups: their features would take "
+                      f"{count * needed / 2**30:.1f} GiB", stacklevel=3)
+    return random_groups(count, number)
+
+
+def random_groups(count: int, number: int) -> list[Tensor]:
+    """Positions 0 to count - 1 in `number` groups of about equal size, each ascending; always the same."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+    return [group.sort().values for group in order.tensor_split(number)]
+
+
+def _bytes_an_image(net: Backbone, config: MuscConfig) -> int:
+    """Of its pixels, of all its features, and of the copies of one layer while it is compared."""
+    layout = tiles_of(net, config)
+    patches = layout.side ** 2 * layout.grid[0] * layout.grid[1]
+    layers = len(net.config.layers) + COPIES
+    return 3 * layout.canvas[0] * layout.canvas[1] + 4 * layers * patches * net.net.num_features
+
+
+def _small(paths: Sequence[Path | str]) -> Tensor:
+    """(N, 3, 224, 224) uint8: the images at the size of the maps."""
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(lambda path: to_uint8(_read(path).resize((SIDE, SIDE))), paths)))
