@@ -79,10 +79,10 @@ def _named(names: tuple[str, ...], values: tuple[np.ndarray, ...]) -> dict[str, 
 def _pixel_histograms(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positive and negative pixels of each image at each of 10,001 levels, highest first: two (N, levels)."""
     low, high = scores.min(), scores.max()
-    levels = np.rint((scores - low) * (DECIMALS / max(high - low, 1e-12))).astype(np.int64)
-    columns = DECIMALS + 1
-    offset = np.arange(len(scores))[:, None] * 2 * columns
-    index = (offset + truth.reshape(len(truth), -1) * columns + levels.reshape(len(levels), -1)).ravel()
-    counts = np.bincount(index, minlength=len(scores) * 2 * columns).reshape(len(scores), 2, columns)
-    counts = counts[:, :, ::-1].astype(np.float64)
-    return counts[:, 1], counts[:, 0]
+    scale, columns = DECIMALS / max(high - low, 1e-12), DECIMALS + 1
+    counts = np.empty((2, len(scores), columns))
+    for image, (defective, values) in enumerate(zip(truth, scores, strict=True)):  # at once they would fill memory
+        levels = np.rint((values - low) * scale).astype(np.int64)
+        both = np.bincount((defective * columns + levels).ravel(), minlength=2 * columns).reshape(2, columns)
+        counts[:, image] = both[:, ::-1]
+    return counts[1], counts[0]
