@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,10 +59,8 @@ def _share_above(heights: Tensor) -> Tensor:
 def _interpolated(image: Tensor, values: Tensor, heights: Tensor) -> Tensor:
     if len(values) == 1:
         return torch.zeros_like(image, dtype=torch.float32)
-    scores = image.double()
-    right = torch.searchsorted(values, scores).clamp(1, len(values) - 1)
-    part = (scores - values[right - 1]) / (values[right] - values[right - 1])
-    return torch.lerp(heights[right - 1], heights[right], part).clamp(0, 1).float()
+    found = np.interp(image.double().cpu().numpy(), values.cpu().numpy(), heights.cpu().numpy())
+    return torch.from_numpy(found).to(image.device, torch.float32)
 
 
 def _told_apart(maps: Tensor) -> Tensor:
