@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 
@@ -22,22 +23,25 @@ class Deadline:
         self.last = clock()
         self.start = self.last if start is None else start
         self.end = self.start + seconds
-        self.longest = parent.longest if parent else 0.0
+        self.steps: list[float] = parent.steps if parent else []  # seconds of each so far
 
     def __call__(self) -> bool:
+        if math.isinf(self.end):
+            return False
         now = self._now()
-        self._note(now - self.last)
-        self.last = now
-        return not self.fits(1)
+        self.steps.append(now - self.last)
+        self._leave(now)
+        return now + CAUTION * max(self.steps) > self.end
 
     def fits(self, steps: float) -> bool:
-        """Whether so many steps end in time, judged by the longest so far."""
-        return self._now() + CAUTION * steps * self.longest <= self.end
+        """Whether so many steps end in time, judged by the median: first steps and pauses take longer."""
+        typical = statistics.median(self.steps) if self.steps else 0.0
+        return self._now() + CAUTION * steps * typical <= self.end
 
     def part(self, share: float) -> Deadline:
         """The end of `share` of the time left, for a stage; what it learns of the steps' length counts here too."""
         now = self._now()
-        self.last = now
+        self._leave(now)
         return Deadline(share * (self.end - now), clock=self.clock, start=now, parent=self)
 
     def elapsed(self) -> float:
@@ -49,8 +53,8 @@ class Deadline:
             torch.cuda.synchronize()  # else the clock would time the queueing alone
         return self.clock()
 
-    def _note(self, seconds: float) -> None:
-        self.longest = max(self.longest, seconds)
+    def _leave(self, now: float) -> None:
+        """The next step begins now, here and where this is a part of."""
+        self.last = now
         if self.parent:
-            self.parent._note(seconds)
-            self.parent.last = self.clock()
+            self.parent._leave(now)

@@ -2,11 +2,12 @@
 
 The images are split; each ratio tried is tuned on the one part and judged on the other, against the same tuning
 without any re-initialisation (against the given model, images it was trained on would count as lost accuracy).
-The largest ratio that loses no more than the budget is taken; accuracy is taken to fall with the ratio, so that
-halving finds it.
+The largest ratio that does not clearly lose more than the budget is taken; accuracy is taken to fall with the
+ratio, so that halving finds it.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ FEWEST = 10  # images to judge by: with less, one image is more than ten points
 @dataclass(frozen=True)
 class RatioConfig:
     candidates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)  # released sweep
-    budget: float = 0.015   # of accuracy that may be lost; at least one image
+    budget: float = 0.015   # of accuracy that may be lost, beside what chance explains: `allowance`
     held_out: float = 0.2   # share of the images that judge; of few images half, up to 20
     fallback: float = 0.15  # where images or time do not allow a choice
 
@@ -59,7 +60,7 @@ def largest_bearable(judge: Callable[[float], float | None], config: RatioConfig
     mark = judge(0.0)
     if mark is None:
         return config.fallback, {}
-    tried, bearable = {0.0: mark}, mark - max(config.budget, 1 / images) - 1e-9
+    tried, bearable = {0.0: mark}, mark - allowance(config.budget, images) - 1e-9
     low, high = -1, len(config.candidates)  # the largest known to be borne, the smallest known not to be
     while high - low > 1:
         middle = (low + high) // 2
@@ -70,6 +71,13 @@ def largest_bearable(judge: Callable[[float], float | None], config: RatioConfig
         tried[ratio] = found
         low, high = (middle, high) if found >= bearable else (low, middle)
     return config.candidates[max(low, 0)], tried
+
+
+def allowance(budget: float, images: int) -> float:
+    """The loss of accuracy on so many images that is not clearly above the budget: the budget and two standard errors
+    of a share of its size, at least of one image."""
+    share = max(budget, 1 / images)
+    return budget + 2 * math.sqrt(share * (1 - share) / images)
 
 
 def _best_known(tried: dict[float, float], bearable: float, config: RatioConfig) -> float:

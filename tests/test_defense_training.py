@@ -98,12 +98,13 @@ def test_parts_of_a_deadline_share_what_they_learn():
     part = whole.part(0.5)
     assert part.end == 160 and not part()
     clock.seconds += 8
-    assert not part() and part.longest == whole.longest == 8
+    assert not part() and part.steps == whole.steps == [0, 8]
     assert not whole()  # the time of the part is no step of the whole
-    assert whole.longest == 8 and whole.elapsed() == 28
-    assert whole.fits(6) and not whole.fits(6.1)
-    clock.seconds = 160 - 11
-    assert part()
+    assert whole.steps == [0, 8, 0] and whole.elapsed() == 28
+    clock.seconds += 4
+    assert not part() and part.fits(9.3) and not part.fits(9.4)  # the median is 2, with caution 3; 28 left
+    clock.seconds = 144
+    assert part()  # the longest took 12, with caution 18; 16 left
     assert Deadline(clock=clock).fits(1e9)
 
 
