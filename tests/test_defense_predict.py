@@ -82,7 +82,8 @@ def test_bad_folders_and_transforms_are_named(images, tmp_path, refuses):
 
 def test_a_model_is_repaired_with_the_shipped_settings(images, monkeypatch):
     monkeypatch.setenv("KIT_DEVICE", "cpu")
-    monkeypatch.setattr(shipping, "TSBDConfig", lambda: QUICK)
+    assert shipping.shipped_config().tuning.batch == shipping.shipped_config().unlearning.batch == shipping.BATCH
+    monkeypatch.setattr(shipping, "shipped_config", lambda: QUICK)
     model = a_model()
     before = copy.deepcopy(model)
     repaired = repair_model(model, 3, str(images), TO_TENSOR)
