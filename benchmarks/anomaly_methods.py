@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from anomaly.backbone import EMBEDDED, Features, extract, load_backbone, random_backbone
-from anomaly.category import random_groups
+from anomaly.backbone import EMBEDDED, INTERPOLATION, Features, extract, load_backbone, random_backbone
+from anomaly.category import random_groups, tiles_of
 from anomaly.foreground import background
 from anomaly.gabor_features import gabor_energies
 from anomaly.pipeline import MuscConfig, PatchScores, category_scores, feature_scores
 from anomaly.presets import preset
+from anomaly.tiles import Tiles
 from data.anomaly_tree import SIDE, Category, image_truth, pixel_truth, read_tree
 from data.defects import write_anomaly_split
 from data.files import write_json
@@ -32,6 +33,7 @@ from submit.records import environment
 from submit.scoring import IMAGE_METRICS, PIXEL_METRICS, measured_metrics, weighted_score
 
 CONFIG = preset("embedded").scoring
+INPUTS = {"input of 288 pixels": (288, 288), "input of 360 pixels": (360, 360)}
 GABOR_SIDE, GABOR_GRID = 256, (16, 16)
 CHANGES = {
     "without smoothing": {"smoothing": "none"}, "smoothed by class features": {"smoothing": "rscin"},
@@ -39,7 +41,7 @@ CHANGES = {
     "degree 1": {"degrees": (1,)}, "degrees 1 and 3": {"degrees": (1, 3)}, "degrees 1, 3, 5": {"degrees": (1, 3, 5)},
     "weighted neighbours": {"aggregation": "snamd", "degrees": (1, 3, 5)}, "box filter": {"aggregation": "lnamd"},
     "highest of the map": {"image_score": "highest"}, "two highest": {"image_score": "two_highest"},
-    "keep 0.1": {"keep": 0.1}, "keep 0.5": {"keep": 0.5},
+    "keep 0.05": {"keep": 0.05}, "keep 0.1": {"keep": 0.1}, "keep 0.3": {"keep": 0.3}, "keep 0.5": {"keep": 0.5},
     "without repeated defects": {"consistent": True}, "with repeated defects": {"consistent": False},
     "within 3 patches": {"radius": 3},
     "foreground": {"foreground": "on"}, "foreground by rule": {"foreground": "rule"},
@@ -71,10 +73,11 @@ def in_groups(features: Features, config: MuscConfig) -> PatchScores:
     return PatchScores.joined([feature_scores(part, config) for part in parts], groups)
 
 
-def metrics(category: Category, truth: tuple, features: Features, config: MuscConfig, small: Tensor) -> dict:
+def metrics(category: Category, truth: tuple, features: Features, config: MuscConfig, small: Tensor,
+            tiles: Tiles | None = None) -> dict:
     """The seven metrics (the image ones where there are no masks), the score of the contest, seconds; in percent."""
     start = time.perf_counter()
-    found = in_groups(features, config)
+    found = in_groups(features, config) if tiles is None else feature_scores(features, config, tiles=tiles)
     hidden = background(small) if config.foreground != "off" else None
     images, maps = category_scores(found, found, config, hidden)
     seconds = time.perf_counter() - start
@@ -87,21 +90,35 @@ def metrics(category: Category, truth: tuple, features: Features, config: MuscCo
             "score": round(100 * weighted_score(values, names), 2), "seconds": round(seconds, 2)}
 
 
+def embedded_features(images: list) -> dict[str, tuple[Features, Tiles | None]]:
+    """The embedded net's features of the images as shipped, at larger inputs and of tiles; by name of the variant."""
+    config = load_backbone(EMBEDDED).config
+    found = {}
+    for name, size in ({"": config.size} | INPUTS).items():
+        net = load_backbone(EMBEDDED, replace(config, size=size))
+        found[name] = extract(net, images), None
+    net = load_backbone(EMBEDDED)
+    tiles = tiles_of(net, MuscConfig(tiles=2))
+    cut = tiles.cut(torch.stack([to_uint8(image.resize(tiles.canvas[::-1], INTERPOLATION[config.interpolation]))
+                                 for image in images]))
+    found["tiles 2 x 2"] = extract(net, cut), tiles
+    if not config.class_features:
+        found = {name: (replace(features, classes=None), tiles) for name, (features, tiles) in found.items()}
+    return found
+
+
 def compare(root: Path, wanted: dict[str, MuscConfig], prefix: str = "") -> dict:
     """By category and variant; features are extracted once a category."""
-    trained = load_backbone(EMBEDDED)
-    untrained, table = random_backbone(trained.config, seed=1), {}
+    untrained, table = random_backbone(load_backbone(EMBEDDED).config, seed=1), {}
     for category in read_tree(root).categories:
         images = [read_rgb(image.path, upright=False) for image in category.images]
         small = torch.stack([to_uint8(image.resize((SIDE, SIDE))) for image in images])
         truth = image_truth(category).numpy(), pixel_truth(category).numpy()[:, 0] if category.has_masks else None
         rows = {"filter bank": metrics(category, truth, gabor(images), CONFIG, small),
                 "random net": metrics(category, truth, extract(untrained, images), CONFIG, small)}
-        features = extract(trained, images)
-        if not trained.config.class_features:
-            features = replace(features, classes=None)
-        for name, config in wanted.items():
-            rows[name] = metrics(category, truth, features, config, small)
+        for name, (features, tiles) in embedded_features(images).items():
+            for variant, config in (wanted if not name else {name: CONFIG}).items():
+                rows[variant] = metrics(category, truth, features, config, small, tiles)
         for name, row in rows.items():
             print(f"{prefix}{category.name:16} {name:26}", *(f"{value:6.2f}" for value in row.values()), flush=True)
         table[prefix + category.name] = {"images": len(images), "methods": rows}
