@@ -65,15 +65,18 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: TSBDConfig,
         unlearned = clean_unlearning(given.model, replace(training, deadline=deadline.part(UNLEARNING_SHARE)),
                                      given.num_classes, config.unlearning)
         change = weight_change(layers, dict(unlearned.model.named_parameters()))
+        begun = deadline.elapsed()
         details = {"unlearning": _unlearning_record(unlearned), "missing_classes": list(given.missing),
                    "clean_accuracy": _accuracy(given.model, given)}
+        judging = deadline.elapsed() - begun  # seconds that judging the repaired model will take too
         if not unlearned.epochs.losses:
             return _result(model, given.model, unlearned.epochs, details, deadline,
                            "no finite epoch of unlearning" if not unlearned.epochs.finite else "no time to unlearn")
         ratio, tried = _neuron_ratio(given, change, training, config)
         details |= {"neurons": ratio, "tried": {str(key): value for key, value in tried.items()}}
         repaired, epochs = _repaired(given.model, change, ratio, training, config)
-        details["clean_accuracy_repaired"] = _accuracy(repaired, given)
+        judged = bool(epochs.losses) and deadline.elapsed() + judging <= deadline.end - deadline.start
+        details["clean_accuracy_repaired"] = _accuracy(repaired, given) if judged else None
         failed = _failure(epochs, details, given.num_classes)
         epochs = replace(epochs, finite=epochs.finite and unlearned.epochs.finite,
                          complete=epochs.complete and unlearned.epochs.complete)
@@ -119,7 +122,7 @@ def _failure(epochs: Epochs, details: Mapping[str, Any], num_classes: int) -> st
     if not epochs.losses:
         return "no time to tune" if epochs.finite else "no finite epoch of tuning"
     found = details["clean_accuracy_repaired"]
-    lost = found <= 1 / num_classes < details["clean_accuracy"]
+    lost = found is not None and found <= 1 / num_classes < details["clean_accuracy"]
     return f"the repaired model is lost: accuracy {found:.3f} on the clean images" if lost else ""
 
 
