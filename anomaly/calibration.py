@@ -21,22 +21,27 @@ SAMPLE = 2**20  # values that the ranks are taken from, at even steps through th
 LIMIT, LEVELS = 0.3, 8  # share of pixels that AUPRO looks at, and different scores there below which ties are broken
 
 
-def calibrated(maps: Tensor) -> Tensor:
+def calibrated(maps: Tensor, *, in_place: bool = False) -> Tensor:
     """(N, 1, H, W) float32 in [0, 1] of the maps (N, 1, H, W) of one category, higher = more anomalous.
 
     Strictly rising: no two scores swap or become equal but by rounding. Only where too few scores differ for an AUPRO,
     as in constant maps, equal ones are told apart: the nearer to the middle of the image, the higher.
+    in_place: float32 maps are overwritten, as many maps fill the memory.
     """
     expect(maps.ndim == 4 and maps.shape[1] == 1 and maps.numel() > 0, "maps.shape", "(N, 1, H, W), not empty",
            tuple(maps.shape))
-    expect(bool(torch.isfinite(maps).all()), "maps", "finite scores", "NaN or infinity")
+    finite = all(bool(torch.isfinite(image).all()) for image in maps)  # one by one: it makes copies
+    expect(finite, "maps", "finite scores", "NaN or infinity")
     values, heights = _knots(maps)
     share = _share_above(heights)
     if int(((share > 0) & (share < LIMIT)).sum()) < LEVELS:
         maps = _told_apart(maps)
         values, heights = _knots(maps)
     heights = (heights - heights[0]) / (1 - heights[0]).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.stack([_interpolated(image, values, heights) for image in maps])  # one by one: float64 is large
+    found = maps if in_place and maps.dtype == torch.float32 else torch.empty_like(maps, dtype=torch.float32)
+    for image, place in zip(maps, found, strict=True):  # one by one: float64 is large
+        place.copy_(_interpolated(image, values, heights))
+    return found
 
 
 def _knots(maps: Tensor) -> tuple[Tensor, Tensor]:

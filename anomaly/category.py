@@ -28,6 +28,7 @@ from data.images import read_rgb, to_uint8
 FREE_SHARE = 0.5  # of the free memory that a group's features may take; products and distances take their own
 COPIES = 4        # of the features of one layer while they are compared
 SEED = 0          # of the groups
+BATCH = 64        # images at once where the background is told
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, 
     if masks is not None:
         return category_scores(joined[0], joined[-1], replace(config, foreground="on"),
                                fitted_masks(masks, len(paths), (SIDE, SIDE)))
-    hidden = None if config.foreground == "off" else background(_small(paths))
+    hidden = None if config.foreground == "off" else _backgrounds(paths)
     return category_scores(joined[0], joined[-1], config, hidden)
 
 
@@ -137,7 +138,11 @@ def _bytes_an_image(net: Backbone, config: MuscConfig) -> int:
     return 3 * layout.canvas[0] * layout.canvas[1] + 4 * layers * patches * net.net.num_features
 
 
-def _small(paths: Sequence[Path | str]) -> Tensor:
-    """(N, 3, 224, 224) uint8: the images at the size of the maps."""
+def _backgrounds(paths: Sequence[Path | str]) -> Tensor:
+    """(N, 224, 224) bool, True = background by colour, of the images at the size of the maps."""
+    found = []
     with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(lambda path: to_uint8(_read(path).resize((SIDE, SIDE))), paths)))
+        for start in range(0, len(paths), BATCH):
+            small = pool.map(lambda path: to_uint8(_read(path).resize((SIDE, SIDE))), paths[start:start + BATCH])
+            found.append(background(torch.stack(list(small))))
+    return torch.cat(found)

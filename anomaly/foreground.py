@@ -21,6 +21,7 @@ DISC = 4 / 9  # radius of the central disc, in heights; pixels in it are never b
 SHARES = (0.05, 0.7)  # of all pixels: less is not worth hiding, more leaves too little
 SAME = 0.95  # least intersection over union of an image's mask with that of the majority
 BORDER = 0.5  # least share of the image border that the majority's mask covers
+SAMPLE = 2**20  # scores that tell which are the highest, at even steps through the maps
 TOP, CONCENTRATED = 0.01, 0.05  # of the highest scores, TOP of all, at most this share may be hidden
 
 
@@ -53,10 +54,10 @@ def _disc(height: int, width: int, device: torch.device) -> Tensor:
     return x ** 2 + y ** 2 <= (DISC * height) ** 2
 
 
-def without_background(maps: Tensor, hidden: Tensor) -> Tensor:
-    """(N, 1, H, W) maps with the pixels where hidden (N, H, W) is True set to the minimum over all maps."""
+def hide_background(maps: Tensor, hidden: Tensor) -> None:
+    """In place: set the pixels of (N, 1, H, W) maps where hidden (N, H, W) is True to the minimum over all maps."""
     _check_fit(maps, hidden)
-    return torch.where(hidden[:, None], maps.min(), maps)
+    maps.masked_fill_(hidden[:, None], maps.min())
 
 
 def _check_fit(maps: Tensor, hidden: Tensor) -> None:
@@ -74,10 +75,13 @@ def hides_background(hidden: Tensor, maps: Tensor | None = None) -> bool:
     """
     expect(hidden.ndim == 3 and hidden.dtype == torch.bool and hidden.numel() > 0, "hidden",
            "(N, H, W) bool, not empty", f"{tuple(hidden.shape)} {hidden.dtype}")
-    usual = hidden.sum(0) * 2 > len(hidden)
-    alike = (hidden & usual).sum((1, 2)) >= SAME * (hidden | usual).sum((1, 2))
+    times = torch.zeros(hidden.shape[1:], dtype=torch.int64, device=hidden.device)
+    for own in hidden:  # one by one, here and below: sums and scores of many images fill the memory
+        times += own
+    usual = times * 2 > len(hidden)
+    alike = torch.stack([(own & usual).sum() >= SAME * (own | usual).sum() for own in hidden])
     border = torch.cat([usual[0], usual[-1], usual[:, 0], usual[:, -1]]).float().mean()
-    share = hidden.float().mean()
+    share = times.sum() / hidden.numel()
     if not (SHARES[0] <= share <= SHARES[1] and bool(alike.all()) and border >= BORDER):
         return False
     return maps is None or _highest_hidden(maps, hidden) <= CONCENTRATED
@@ -86,9 +90,11 @@ def hides_background(hidden: Tensor, maps: Tensor | None = None) -> bool:
 def _highest_hidden(maps: Tensor, hidden: Tensor) -> float:
     """Share of the highest scores, TOP of all and those equal to the last, that masks would hide."""
     _check_fit(maps, hidden)
-    scores = maps[:, 0]
-    high = scores >= scores.flatten().kthvalue(max(1, round((1 - TOP) * scores.numel()))).values
-    return float((high & hidden).sum() / high.sum())
+    some = maps.flatten()[::-(-maps.numel() // SAMPLE)]
+    limit = some.kthvalue(max(1, round((1 - TOP) * len(some)))).values
+    counts = [((image[0] >= limit).sum(), ((image[0] >= limit) & own).sum())
+              for image, own in zip(maps, hidden, strict=True)]
+    return float(sum(both for _, both in counts) / sum(high for high, _ in counts))
 
 
 def fitted_masks(masks: Tensor, count: int, size: tuple[int, int]) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from anomaly.backbone import Features
 from anomaly.calibration import calibrated
 from anomaly.consistent import shared_defects
-from anomaly.foreground import hides_background, without_background
+from anomaly.foreground import hide_background, hides_background
 from anomaly.image_score import highest_of_map, score_maps, two_highest
 from anomaly.lnamd import neighbourhood_features
 from anomaly.mutual_scoring import Window, mutual_scores, nearest_distances, nearest_mean
@@ -172,8 +172,8 @@ def category_scores(for_maps: PatchScores, for_images: PatchScores, config: Musc
     if config.maps == "mean" and for_images is not for_maps:
         maps = _standard(maps).add_(_standard(score_maps(for_images.scores, for_images.grid, SIDE)))
     if hidden is not None and (config.foreground != "rule" or hides_background(hidden, maps.to(hidden.device))):
-        maps = without_background(maps, hidden.to(maps.device))
-    maps = calibrated(maps) if config.calibrated else unit_range(maps)
+        hide_background(maps, hidden.to(maps.device))
+    maps = calibrated(maps, in_place=True) if config.calibrated else unit_range(maps)
     return unit_range(images), maps
 
 

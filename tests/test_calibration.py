@@ -101,3 +101,10 @@ def test_bad_input_is_refused(refuses):
         calibrated(torch.zeros(0, 1, 4, 4))
     with refuses(r"^maps: expected finite scores, found NaN or infinity$"):
         calibrated(torch.tensor([[[[0.1, float("nan")]]]]))
+
+
+def test_in_place_gives_the_same_in_the_same_memory():
+    maps = torch.rand(3, 1, 20, 30, generator=torch.Generator().manual_seed(0))
+    expected = calibrated(maps)
+    found = calibrated(maps, in_place=True)
+    assert torch.equal(found, expected) and found.data_ptr() == maps.data_ptr()

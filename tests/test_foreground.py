@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from anomaly.foreground import background, fitted_masks, hides_background, without_background
+from anomaly.foreground import background, fitted_masks, hide_background, hides_background
 
 
 def by_hand(image):
@@ -45,7 +45,8 @@ def test_a_plain_surface_has_no_background():
 def test_hidden_pixels_take_the_minimum_of_all_maps():
     maps = torch.tensor([[[[0.5, 0.7]]], [[[0.2, 0.9]]]])
     hidden = torch.tensor([[[True, False]], [[False, False]]])
-    torch.testing.assert_close(without_background(maps, hidden), torch.tensor([[[[0.2, 0.7]]], [[[0.2, 0.9]]]]))
+    hide_background(maps, hidden)
+    torch.testing.assert_close(maps, torch.tensor([[[[0.2, 0.7]]], [[[0.2, 0.9]]]]))
 
 
 def framed(n=6, side=20, rim=3):
@@ -111,4 +112,4 @@ def test_bad_input_is_refused(refuses):
     with refuses(r"^images.shape: expected at least 8 x 8 pixels, found \(7, 9\)$"):
         background(torch.zeros(1, 3, 7, 9, dtype=torch.uint8))
     with refuses(r"^maps.shape: expected \(1, 1, H, W\) as the mask, found \(2, 1, 4, 4\)$"):
-        without_background(torch.zeros(2, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool))
+        hide_background(torch.zeros(2, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool))
