@@ -79,10 +79,10 @@ def hides_background(hidden: Tensor, maps: Tensor | None = None) -> bool:
     for own in hidden:  # one by one, here and below: sums and scores of many images fill the memory
         times += own
     usual = times * 2 > len(hidden)
-    alike = torch.stack([(own & usual).sum() >= SAME * (own | usual).sum() for own in hidden])
+    alike = all(int((own & usual).sum()) >= SAME * int((own | usual).sum()) for own in hidden)
     border = torch.cat([usual[0], usual[-1], usual[:, 0], usual[:, -1]]).float().mean()
     share = times.sum() / hidden.numel()
-    if not (SHARES[0] <= share <= SHARES[1] and bool(alike.all()) and border >= BORDER):
+    if not (SHARES[0] <= share <= SHARES[1] and alike and border >= BORDER):
         return False
     return maps is None or _highest_hidden(maps, hidden) <= CONCENTRATED
 
@@ -92,9 +92,9 @@ def _highest_hidden(maps: Tensor, hidden: Tensor) -> float:
     _check_fit(maps, hidden)
     some = maps.flatten()[::-(-maps.numel() // SAMPLE)]
     limit = some.kthvalue(max(1, round((1 - TOP) * len(some)))).values
-    counts = [((image[0] >= limit).sum(), ((image[0] >= limit) & own).sum())
+    counts = [(int((image[0] >= limit).sum()), int(((image[0] >= limit) & own).sum()))
               for image, own in zip(maps, hidden, strict=True)]
-    return float(sum(both for _, both in counts) / sum(high for high, _ in counts))
+    return sum(both for _, both in counts) / sum(high for high, _ in counts)
 
 
 def fitted_masks(masks: Tensor, count: int, size: tuple[int, int]) -> Tensor:
