@@ -2,23 +2,29 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from data.preact_resnet import new_model
-from defense import fine_tuning
+from defense import channel_lipschitz, fine_pruning, fine_tuning
 from defense.baseline import Repaired, clean_accuracy, run_baseline
+from defense.channel_lipschitz import ChannelLipschitzConfig, channel_bounds, norms_of_convolutions, outlying
 from defense.deadline import Deadline
+from defense.fine_pruning import FinePruningConfig
 from defense.fine_tuning import FineTuningConfig
 from defense.training import Shift, epoch_batches
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()  # rounding would grow by steps
 LABELS = torch.arange(12) % 3
 SHORT = FineTuningConfig(batch=6, epochs=3)
-DEFENSES = {"fine_tuning": (fine_tuning, SHORT)}
-TUNING = ["fine_tuning"]  # those whose last stage changes the model by steps
+DEFENSES = {"fine_tuning": (fine_tuning, SHORT),
+            "fine_pruning": (fine_pruning, FinePruningConfig(drop=0.5, at_once=1, tuning=SHORT)),
+            "channel_lipschitz": (channel_lipschitz, ChannelLipschitzConfig(0.5))}
+TUNING = ["fine_tuning", "fine_pruning"]  # those whose last stage changes the model by steps
 
 
 def drawn(seed=0):
@@ -232,3 +238,155 @@ def test_bad_settings_of_fine_tuning_are_named(refuses):
         FineTuningConfig(horizon=99)
     with refuses(r"FineTuningConfig.statistics: expected one of batch, running, found x"):
         FineTuningConfig(statistics="x")
+
+
+# --- FP --------------------------------------------------------------------------------------------------------
+
+def pruned_by_hand(model, labels, drop, at_once):
+    """The positions cut, by whole forward passes of pruned copies."""
+    pooled = model.avgpool(model.layer4(model.layer3(model.layer2(model.layer1(model.conv1(IMAGES)))))).flatten(1)
+    order = sorted(range(pooled.shape[1]), key=lambda i: pooled[:, i].mean().item())
+    mark, borne = clean_accuracy(model, IMAGES, labels), []
+    for count in range(at_once, len(order), at_once):
+        trial = copy.deepcopy(model)
+        for i in order[:count]:
+            trial.linear.weight.data[:, i] = 0
+        if (mark - clean_accuracy(trial, IMAGES, labels)) / mark >= drop:
+            break
+        borne = order[:count]
+    return borne
+
+
+def a_wide_model():
+    """Its logits are centred, so that it finds all classes."""
+    model = new_model(3, (2, 2, 4, 16), 3, seed=1).double().eval()
+    with torch.no_grad():
+        model.linear.bias -= model(IMAGES).mean(0)
+    return model
+
+
+@pytest.mark.parametrize(("drop", "at_once"), [(0.1, 1), (0.3, 2), (0.6, 6), (1.0, 3)])
+def test_fine_pruning_cuts_the_least_used_inputs_then_tunes(drop, at_once):
+    model = a_wide_model()
+    truth = model(IMAGES).argmax(1)
+    assert len(truth.unique()) == 3
+    cut = pruned_by_hand(model, truth, drop, at_once)
+    found = defended("fine_pruning", model, FinePruningConfig(drop, at_once, SHORT), labels=truth)
+    plain = copy.deepcopy(model)
+
+    def again():
+        plain.linear.weight.data[:, cut] = 0
+
+    again()
+    generator = started()
+    descent = Descent(plain)
+    plain.train()
+    for number in range(3):
+        for index in epoch_batches(12, 6, generator=generator):
+            loss = cross_entropy(plain(IMAGES[index]), truth[index])
+            descent.step(torch.autograd.grad(loss, descent.parameters), 0.01 * (1 + math.cos(math.pi * number / 3)) / 2)
+            again()
+    assert found.details["pruned"] == len(cut) and found.details["inputs"] == 16
+    assert_close(found.model, plain)
+    assert (found.model.linear.weight == 0).all(0).nonzero()[:, 0].tolist() == sorted(cut)
+
+
+def test_how_much_is_cut_depends_on_the_limit():
+    model = a_wide_model()
+    truth = model(IMAGES).argmax(1)
+    counts = [len(pruned_by_hand(model, truth, drop, 1)) for drop in (0.1, 0.3, 0.6)]
+    assert 0 < counts[0] < counts[-1] < 15
+
+
+def test_bad_settings_of_fine_pruning_are_named(refuses):
+    with refuses(r"FinePruningConfig.drop: expected in \(0, 1\], found 0"):
+        FinePruningConfig(drop=0)
+    with refuses(r"FinePruningConfig.at_once: expected > 0, found 0"):
+        FinePruningConfig(at_once=0)
+    with refuses(r"model: expected a last linear layer of 3 outputs, for pruning its inputs, found none"):
+        defended("fine_pruning", nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()).double())
+    with refuses(r"model: expected a last linear layer of 3 outputs, for pruning its inputs, found Linear\(.*"):
+        defended("fine_pruning", nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Unflatten(1, (3, 2)),
+                                               nn.AvgPool1d(2), nn.Flatten()).double())
+    with refuses(r"model: expected logits that its last linear layer gives, found others"):
+        defended("fine_pruning", nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Tanh()).double())
+
+
+# --- CLP -------------------------------------------------------------------------------------------------------
+
+def silenced_by_hand(model, deviations):
+    """{(norm, channel)} with NumPy's decomposition, one kernel at a time."""
+    convolutions = {"layer1.0.bn1": "conv1", "layer1.1.bn1": "layer1.0.conv2"}  # the first stage has no shortcut
+    for stage in range(1, 5):
+        for block in range(2):
+            convolutions[f"layer{stage}.{block}.bn2"] = f"layer{stage}.{block}.conv1"
+    for stage in range(2, 5):
+        convolutions[f"layer{stage}.0.bn1"] = f"layer{stage - 1}.1.conv2"
+        convolutions[f"layer{stage}.1.bn1"] = f"layer{stage}.0.shortcut.0"
+    found, modules = set(), dict(model.named_modules())
+    for norm, convolution in convolutions.items():
+        kernels, layer = modules[convolution].weight.detach().numpy(), modules[norm]
+        bounds = []
+        for i, kernel in enumerate(kernels):
+            top = np.linalg.svd(kernel.reshape(len(kernel), -1), compute_uv=False)[0]
+            bounds.append(top * abs(layer.weight[i].item()) / math.sqrt(layer.running_var[i].item() + layer.eps))
+        mark = np.mean(bounds) + deviations * np.std(bounds, ddof=1)
+        found |= {(norm, i) for i, bound in enumerate(bounds) if bound > mark}
+    return found
+
+
+@pytest.mark.parametrize("deviations", [0.0, 0.7, 1.2, 9.0])
+def test_channel_lipschitz_agrees_with_numpy(deviations):
+    model = a_model(3)
+    by_hand = silenced_by_hand(model, deviations)
+    found = defended("channel_lipschitz", model, ChannelLipschitzConfig(deviations))
+    plain = copy.deepcopy(model)
+    for norm, i in by_hand:
+        layer = plain.get_submodule(norm)
+        layer.weight.data[i] = layer.bias.data[i] = 0
+    assert same(found.model, plain) and found.details["pruned"] == len(by_hand) and found.details["layers"] == 16
+    assert (len(by_hand) > 0) == (deviations < 9)
+
+
+def test_a_mad_channel_is_the_one_silenced():
+    model = new_model(3, (16, 16, 16, 16), 3, seed=0).eval()
+    model.layer3[0].conv1.weight.data[5] *= 50
+    model.layer3[0].bn2.bias.data += 1
+    found = defended("channel_lipschitz", model, ChannelLipschitzConfig(), images=IMAGES.float()).model
+    assert (found.layer3[0].bn2.weight == 0).nonzero()[:, 0].tolist() == [5]
+    assert (found.layer3[0].bn2.bias == 0).nonzero()[:, 0].tolist() == [5]
+
+
+def test_layers_of_a_torchvision_resnet():
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+    names = {module: name for name, module in model.named_modules()}
+    pairs = {names[norm]: names[convolution] for convolution, norm in norms_of_convolutions(model)}
+    expected = {"bn1": "conv1"}
+    for stage in range(1, 5):
+        expected |= {f"layer{stage}.0.bn{i}": f"layer{stage}.0.conv{i}" for i in (1, 2)}
+        expected |= {f"layer{stage}.0.downsample.1": f"layer{stage}.0.downsample.0"} if stage > 1 else {}
+    assert pairs == expected
+
+
+def test_dead_and_single_channels_are_no_outliers():
+    assert not outlying(torch.ones(1), 0.0).any()
+    block = a_model().layer1[0]
+    block.bn2.weight.data[0] = block.bn2.running_var[0] = 0
+    bounds = channel_bounds(block.conv1, block.bn2)
+    assert bounds[0] == 0 and bounds.isfinite().all()
+
+
+def test_norms_of_another_width_are_left_alone(refuses):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(144),
+                          nn.Linear(144, 3)).double()
+    assert norms_of_convolutions(model) == [(model[0], model[1])]
+    for without in (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 8), nn.Flatten()),
+                    nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3, affine=False), nn.Flatten()),
+                    nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten())):
+        with refuses(r"model: expected convolutions followed by batch norms with weights and statistics, found none"):
+            defended("channel_lipschitz", without.double())
+
+
+def test_bad_settings_of_channel_lipschitz_are_named(refuses):
+    with refuses(r"ChannelLipschitzConfig.deviations: expected >= 0, found -1"):
+        ChannelLipschitzConfig(-1)
