@@ -64,7 +64,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Plan:
-    """Images, their shrinking (side divided by it), steps of each climb, classes to follow, climbs for each."""
+    """Images, their shrinking (side divided by it), gradient steps under each of the bounds, classes to follow."""
 
     images: int
     shrink: int
@@ -73,10 +73,9 @@ class Plan:
     bounds: int
 
     def passes(self, num_classes: int) -> float:
-        """Images through the network, in images of full size; most of them also back."""
+        """Images through the network and back, in images of full size."""
         kept = min(self.kept, num_classes)
-        first = num_classes if kept == num_classes else 2 * num_classes  # seen again to choose those to follow
-        return self.images * (first + kept * self.bounds * self.steps) / self.shrink ** 2
+        return self.images * (2 * num_classes + kept * (self.steps * self.bounds - 1)) / self.shrink ** 2
 
 
 def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable,
@@ -104,7 +103,7 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     p_value = _p_value(found)
     suspect = max(found.kept, key=lambda k: float(found.margins[k]))
     return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(pixels),
-                     pixels.shape[-1], found.steps, config.reach.steps, clock() - start)
+                     pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
 
 
 def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable) -> Detection:
@@ -130,7 +129,7 @@ class _Deadline:
 
 
 def _p_value(found: Reach) -> float:
-    """That the class which reached furthest stands out from those that stand for all, under all bounds.
+    """That the class which reached furthest stands out from those that stand for all, over all stages.
 
     1 where nothing can be compared: fewer than three classes to compare, or margins that are not finite.
     """

@@ -1,17 +1,15 @@
 """How far one small change, the same for all images, pushes a network towards each class.
 
 A backdoor is a shortcut to its target class: one change of the picture that works on every clean image. So for
-each class one perturbation is optimised under each of a few bounds of its L2 norm, shared by the clean images of
-all other classes, and the class's statistics are the mean margins that they reach. Source: targeted universal
-adversarial perturbations (Moosavi-Dezfooli et al., CVPR 2017, arXiv:1610.08401) in place of the separate points of
-Mm-Bd (Wang et al., IEEE S&P 2024, arXiv:2205.06900); all classes and bounds climb side by side, each from zero, and
-only what is optimised has a gradient.
+each class one perturbation is optimised, shared by the clean images of all other classes and bounded in L2 norm,
+and the class's statistic is the mean margin that it reaches. Source: targeted universal adversarial perturbations
+(Moosavi-Dezfooli et al., CVPR 2017, arXiv:1610.08401) in place of the separate points of Mm-Bd (Wang et al., IEEE
+S&P 2024, arXiv:2205.06900); all classes climb side by side, and only what is optimised has a gradient.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +17,15 @@ from torch import Tensor
 
 from data.errors import expect
 
-STRIDE = 2.5  # the steps after the first add up to about this many radii, so that a perturbation can turn
+STRIDE = 2.5  # steps add up to this many radii, so that every perturbation can reach its bound and turn
 
 
 @dataclass(frozen=True)
 class UniversalConfig:
     images: int = 24       # clean images that share a perturbation, as many of each class as possible
-    radii: tuple[float, ...] = (0.025, 0.05, 0.1)  # bounds, each with a climb of its own: root mean square of a
-                                                   # perturbation, pixel values in [0, 1]
-    steps: int = 6         # gradient steps of each climb
+    radii: tuple[float, ...] = (0.025, 0.05, 0.1)  # bounds one after the other: root mean square of a perturbation,
+                                                   # pixel values in [0, 1]
+    steps: int = 4         # gradient steps under each bound
     kept: int = 20         # classes that go on after the first step: a fifth the furthest, the rest evenly spread
     block: int = 1 << 22   # pixel values through the network at once; for memory only
 
@@ -38,12 +36,16 @@ class UniversalConfig:
                "UniversalConfig.radii", "> 0, ascending", self.radii)
         expect(self.kept >= 5, "UniversalConfig.kept", ">= 5 classes", self.kept)
 
+    @property
+    def all_steps(self) -> int:
+        """Gradient steps under all bounds together."""
+        return self.steps * len(self.radii)
+
 
 @dataclass(frozen=True)
 class Reach:
-    """stages: (S, K) mean margin of each class under each bound after `steps` steps; without any the same in all
-    rows, 0 where not even the unmoved images were seen in time. A class that was not followed keeps its margin
-    after one step under the first bound.
+    """stages: (S, K) mean margin of each class at the end of each bound that was done in time; where none was, one
+    row of what there is: 0 before the first sweep. A class that was not followed keeps its margin of the first step.
 
     kept: classes that went on to the end, ascending; never one that all images belong to, which keeps its 0.
     null: those of them that stand for all classes, an even spread over the ranks of the first step; the others are
@@ -58,72 +60,49 @@ class Reach:
 
     @property
     def margins(self) -> Tensor:
-        """(K,) under the widest bound."""
+        """(K,) the last stage."""
         return self.stages[-1]
 
 
-class _Late(Exception):
-    """The time is over: what is under way does not count."""
-
-
 class _Climb:
-    """Runs images under perturbations, which are in units of pixels, through the network, some at a time."""
+    """The perturbations of all classes, in units of pixels; moves some of them one step at a time."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
-                 num_classes: int, config: UniversalConfig, late: Callable[[], bool]) -> None:
-        self.network, self.pixels, self.labels, self.late = network, pixels, labels, late
-        self.num_classes, self.steps = num_classes, config.steps
+                 num_classes: int, config: UniversalConfig) -> None:
+        self.network, self.pixels, self.labels, self.config = network, pixels, labels, config
         self.std = std.view(1, 1, -1, 1, 1)
-        norms = pixels.new_tensor(config.radii) * math.sqrt(pixels[0].numel())
-        self.bounds = norms.view(-1, 1, 1, 1, 1)  # L2 norms that the radii stand for
+        self.moved = pixels.new_zeros(num_classes, *pixels.shape[1:])   # (K, C, H, W)
+        self.side = math.sqrt(pixels[0].numel())  # norm of a perturbation of 1 everywhere
         self.per_block = max(1, config.block // pixels.numel())
+
+    def logits(self, moved: Tensor) -> Tensor:
+        """(k, N, K) of all images under each of k perturbations."""
+        shifted = self.pixels + moved[:, None] / self.std
+        logits = self.network(shifted.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        expect(logits.shape[1] == len(self.moved), "num_classes", f"{logits.shape[1]}, as the model puts out",
+               len(self.moved))
+        return logits.view(len(moved), len(self.pixels), -1)
 
     def margins(self, classes: Tensor, moved: Tensor) -> Tensor:
         """(k,) mean over the images of other classes of the class's logit minus the largest other."""
-        shifted = self.pixels + moved[:, None] / self.std
-        logits = self.network(shifted.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        expect(logits.shape[1] == self.num_classes, "num_classes", f"{logits.shape[1]}, as the model puts out",
-               self.num_classes)
-        logits = logits.view(len(moved), len(self.pixels), -1)
+        logits = self.logits(moved)
         at = classes.view(-1, 1, 1).expand(-1, len(self.pixels), 1)
         margins = (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]
         others = (self.labels != classes[:, None]).float()
         return (margins * others).sum(1) / others.sum(1)
 
-    def reached(self, classes: Tensor, moved: Tensor) -> Tensor:
-        """(k,) margins of `classes`, each under its perturbation. Raises _Late."""
-        with torch.no_grad():
-            return torch.cat([self.margins(*part) for part in self._blocks(classes, moved)])
-
-    def slopes(self, classes: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """(k,) margins and (k, C, H, W) their gradients, of norm 1 or 0. Raises _Late."""
-        found = []
-        for part, start in self._blocks(classes, moved):
-            start = start.detach().requires_grad_(True)
-            margins = self.margins(part, start)
-            (gradient,) = torch.autograd.grad(margins.sum(), start)
-            found.append((margins.detach(), gradient / _norm(gradient).clamp(min=1e-20)))
-        margins, gradients = zip(*found, strict=True)
-        return torch.cat(margins), torch.cat(gradients)
-
-    def step(self, classes: Tensor, moved: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
-        """(S, k) margins under each bound, and (S, k, C, H, W) `moved` one step on unless `last`. Raises _Late."""
-        several = classes.repeat(len(moved)), moved.flatten(0, 1)
-        if last:
-            return self.reached(*several).view(len(moved), -1), moved
-        margins, gradients = self.slopes(*several)
-        moved = moved + STRIDE / self.steps * self.bounds * gradients.view_as(moved)
-        return margins.view(len(moved), -1), moved * (self.bounds / _norm(moved).maximum(self.bounds))
-
-    def _blocks(self, classes: Tensor, moved: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in zip(classes.split(self.per_block), moved.split(self.per_block), strict=True):
-            if self.late():
-                raise _Late
-            yield part
+    def step(self, classes: Tensor, length: float, radius: float) -> tuple[Tensor, Tensor]:
+        """Margins of `classes` before a step of `length` bounds, and their next perturbations, within `radius`."""
+        bound = radius * self.side
+        moved = self.moved[classes].requires_grad_(True)
+        margins = self.margins(classes, moved)
+        (gradient,) = torch.autograd.grad(margins.sum(), moved)
+        moved = moved.detach() + length * bound * gradient / _norm(gradient).clamp(min=1e-20)
+        return margins.detach(), moved * (bound / _norm(moved).clamp(min=bound))
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.flatten(-3).norm(dim=-1)[..., None, None, None]
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
@@ -132,25 +111,48 @@ def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels:
     """Climb for all classes, then for those that stay, until the steps are done or `late()` says so.
 
     network: (B, C, H, W) normalised images to (B, K) logits, frozen. pixels: (N, C, H, W) normalised. labels:
-    (N,), an image of the class itself does not count for it. std: (C,) of the normalisation, which the radii are
+    (N,), an image of the class itself does not count for it. std: (C,) of the normalisation, which the radius is
     measured under. late: asked between blocks; a sweep it cuts off does not count. Raises InputError where the
     network has not `num_classes` outputs.
     """
-    climb = _Climb(network, pixels, labels, std, num_classes, config, late)
+    climb = _Climb(network, pixels, labels, std, num_classes, config)
     classes = torch.arange(num_classes, device=pixels.device)
-    classes = null = classes[(labels != classes[:, None]).any(1)]
-    stages, done = pixels.new_zeros(len(config.radii), num_classes), 0
-    with suppress(_Late):
-        stages[:, classes], slopes = climb.slopes(classes, pixels.new_zeros(len(classes), *pixels.shape[1:]))
-        if len(classes) > config.kept:
-            stages[:, classes] = first = climb.reached(classes, climb.bounds[0] * slopes)
-            kept, spread = _spread(first, config.kept)
-            classes, null, slopes = classes[kept], classes[spread], slopes[kept]
-        moved = climb.bounds * slopes  # (S, k, C, H, W): the first step, shared, goes as far as each bound
-        for step in range(1, config.steps + 1):
-            stages[:, classes], moved = climb.step(classes, moved, last=step == config.steps)
-            done = step
-    return Reach(stages.cpu(), tuple(classes.tolist()), tuple(null.tolist()), done, config.steps)
+    classes = classes[(labels != classes[:, None]).any(1)]
+    null, stages, done = classes, [], 0
+    margins = pixels.new_zeros(num_classes)
+    for sweep in range(config.all_steps + 1):
+        found = _sweep(climb, classes, sweep, config, late)
+        if found is None:
+            break
+        margins[classes], done = found, sweep
+        if sweep and sweep % config.steps == 0:
+            stages.append(margins.clone())
+        if sweep == 1 and len(classes) > config.kept:
+            kept, spread = _spread(found, config.kept)
+            classes, null = classes[kept], classes[spread]
+    return Reach(torch.stack(stages or [margins]).cpu(), tuple(classes.tolist()), tuple(null.tolist()), done,
+                 config.all_steps)
+
+
+def _sweep(climb: _Climb, classes: Tensor, sweep: int, config: UniversalConfig,
+           late: Callable[[], bool]) -> Tensor | None:
+    """(k,) margins of `classes` after `sweep` steps, and one step more (not after the last); None when late."""
+    length = 1.0 if sweep == 0 else STRIDE / config.steps  # the first to the bound: it ranks the classes
+    radius = config.radii[min(sweep, config.all_steps - 1) // config.steps]
+    margins, moves = [], []
+    for part in classes.split(climb.per_block):
+        if late():
+            return None
+        if sweep == config.all_steps:
+            with torch.no_grad():
+                margins.append(climb.margins(part, climb.moved[part]))
+        else:
+            before, moved = climb.step(part, length, radius)
+            margins.append(before)
+            moves.append(moved)
+    if moves:
+        climb.moved[classes] = torch.cat(moves)
+    return torch.cat(margins)
 
 
 def _spread(margins: Tensor, kept: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@ import copy
 import random
 import shutil
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,7 +122,7 @@ def test_without_usable_names_the_network_labels_the_images(tmp_path, name):
 
 def test_images_are_drawn_alike_from_all_labels(tmp_path):
     folder = write_images(tmp_path, 60, labels=lambda i: 0 if i < 50 else i % 4)
-    assert judged(Linear(4), folder, reach=UniversalConfig(images=24, steps=5)).images == 24
+    assert judged(Linear(4), folder).images == 24
     a, b, c = (judged(Linear(4), folder, seed=seed).margins for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -250,11 +249,10 @@ def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
     assert found[-1].side == 32 and found[-1].steps_asked == 8
 
 
-@pytest.mark.parametrize("bounds", [1, 3])
-@pytest.mark.parametrize("classes", [4, 8, 9, 43])
-def test_a_plan_counts_what_is_done(large_images, classes, bounds):
-    found, clock = timed(large_images, 1e-5, classes=classes, reach=replace(REACH, radii=(0.1, 0.2, 0.3)[:bounds]))
-    counted = Plan(6, 1, 8, 8, bounds).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
+@pytest.mark.parametrize("classes", [4, 10, 43])
+def test_a_plan_counts_what_is_done(large_images, classes):
+    found, clock = timed(large_images, 1e-5, classes=classes)
+    counted = Plan(6, 1, 8, 8, 1).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
     assert clock.now - 1000 - (2 + 6) * 4 * 1e-5 == pytest.approx(counted)  # timed before: one image twice, all six
     assert found.steps == 8
 
@@ -293,14 +291,14 @@ def test_without_time_the_answer_is_clean(large_images):
     assert found.kept == tuple(range(10)) and found.suspect == 0
 
 
-def test_one_step_a_climb_stays_as_asked(large_images):
-    for seconds in (1e-4, 0.3):
-        assert timed(large_images, seconds, reach=UniversalConfig(images=6, steps=1))[0].steps == 1
+def test_one_step_a_bound_stays_as_asked(large_images):
+    for seconds in (1e-4, 0.5):
+        assert timed(large_images, seconds, reach=UniversalConfig(images=6, steps=1))[0].steps == 3
 
 
-def test_bounds_are_weighed_together(images):
+def test_stages_are_weighed_together(images):
     found = judged(Linear(10, 3), images, 10, reach=UniversalConfig(steps=2))
-    assert found.suspect == 3 and found.backdoored and (found.steps, found.steps_asked) == (2, 2)
+    assert found.suspect == 3 and found.backdoored and (found.steps, found.steps_asked) == (6, 6)
     reach = Reach(torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0]]), (0, 1, 2, 3, 4), (0, 1, 2, 3), 2, 2)
     stages = [deleted_residual_p_value(torch.tensor([1.0, 2, 3, 4, 9]), 5),
               deleted_residual_p_value(torch.tensor([0.0, 1, 0, 1]), 5)]

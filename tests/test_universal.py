@@ -33,14 +33,18 @@ def reach(network=None, pixels=None, labels=LABELS, classes=4, late=lambda: Fals
 
 
 def by_loops(network, pixels, labels, classes, steps, radius):
-    """(steps + 1, K) margins after each step: class by class, image by image, pixel values in [0, 1]."""
+    """(steps + 1, K) margins after each step: class by class, image by image, pixel values in [0, 1].
+
+    radius: one bound, or several, each with as many steps; then there are (bounds * steps + 1) rows.
+    """
     scale = STD.view(-1, 1, 1)
-    bound = radius * math.sqrt(pixels[0].numel())
-    rows = torch.zeros(steps + 1, classes)
+    radii = radius if isinstance(radius, tuple) else (radius,)
+    rows = torch.zeros(steps * len(radii) + 1, classes)
     for k in range(classes):
         others = [i for i in range(len(pixels)) if labels[i] != k]
         change = torch.zeros_like(pixels[0])
-        for step in range(steps + 1):
+        for step in range(steps * len(radii) + 1):
+            bound = radii[min(step // steps, len(radii) - 1)] * math.sqrt(pixels[0].numel())
             change = change.detach().requires_grad_(True)
             total = 0
             for i in others:
@@ -111,34 +115,21 @@ def test_the_bound_holds_in_pixel_values(radius):
     assert largest[0] == 0 and largest[1:] == pytest.approx([radius] * 4, rel=1e-4)
 
 
-RADII = (0.05, 0.1, 0.3)
+def test_the_bounds_follow_each_other_and_each_end_is_a_stage():
+    found = reach(steps=2, radii=(0.05, 0.1, 0.3))
+    rows = by_loops(a_network(), some_pixels(), LABELS, 4, 2, (0.05, 0.1, 0.3))
+    torch.testing.assert_close(found.stages, rows[[2, 4, 6]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.margins, found.stages[-1]) and (found.steps, found.steps_asked) == (6, 6)
 
 
-def test_each_bound_has_a_climb_of_its_own():
-    found = reach(steps=3, radii=RADII)
-    expected = torch.stack([by_loops(a_network(), some_pixels(), LABELS, 4, 3, radius)[-1] for radius in RADII])
-    torch.testing.assert_close(found.stages, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(found.margins, found.stages[-1]) and (found.steps, found.steps_asked) == (3, 3)
-    torch.testing.assert_close(found.stages[1], reach(steps=3, radii=RADII[1:2]).margins, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("done", [0, 1, 2])
-def test_cut_off_all_bounds_are_equally_far(done):
-    """One class a block: four calls of the unmoved images, then twelve a step."""
+@pytest.mark.parametrize("done, stages", [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)])
+def test_only_stages_done_in_time_count(done, stages):
     calls = iter(range(100))
-    found = reach(steps=3, radii=RADII, block=1, late=lambda: next(calls) >= 4 + 12 * done + 11)
-    expected = torch.stack([by_loops(a_network(), some_pixels(), LABELS, 4, 3, radius)[done] for radius in RADII])
+    found = reach(steps=2, radii=(0.05, 0.1, 0.3), block=1, late=lambda: next(calls) >= 4 * (done + 1))
+    rows = by_loops(a_network(), some_pixels(), LABELS, 4, 2, (0.05, 0.1, 0.3))
+    expected = rows[[1]] if done == 1 else rows[[2, 4]][:stages]
     torch.testing.assert_close(found.stages, expected, rtol=1e-4, atol=1e-5)
-    assert (found.steps, found.steps_asked) == (done, 3)
-
-
-def test_cut_off_after_screening_the_first_step_counts():
-    """13 unmoved classes, 13 after the first step of the first bound, five kept."""
-    late = iter([False] * 26 + [True])
-    found = reach(labels=torch.arange(6), classes=13, radii=RADII, kept=5, block=1, late=lambda: next(late))
-    first = by_loops(a_network(13), some_pixels(), torch.arange(6), 13, 4, RADII[0])[1]
-    torch.testing.assert_close(found.stages, first.expand(3, -1), rtol=1e-4, atol=1e-5)
-    assert found.steps == 0 and len(found.kept) == 5
+    assert found.steps == done
 
 
 def test_screening_keeps_the_furthest_and_an_even_spread():
