@@ -43,18 +43,20 @@ class Nets:
         return (self.for_maps,) if self.for_images is self.for_maps else (self.for_maps, self.for_images)
 
 
-def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, *, good: Sequence[Path | str] = (),
-                   earlier: Sequence[Features] = (), masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, *,
+                   reference: Sequence[Path | str] = (), earlier: Sequence[Features] = (),
+                   masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Image scores (N,) and maps (N, 1, 224, 224) in [0, 1] over the category, in the order of the paths.
 
-    N >= 2, or >= 1 with other judges. good: files of known good images; they judge and are not scored. earlier: what
-    `category_features` gave for an earlier batch, likewise. masks: (N, H, W) bool of any size, True = background,
-    in place of the config's. Errors: too few images; a file that is no image, features that are not finite (named).
+    N >= 2, or >= 1 with other judges. reference: files of known good images; they judge and are not scored.
+    earlier: what `category_features` gave for an earlier batch, likewise. masks: (N, H, W) bool of any size,
+    True = background, in place of the config's. Errors: too few images; a file that is no image, features that are
+    not finite (named).
     """
     paths = list(paths)
-    least = 1 if good or earlier else 2
+    least = 1 if reference or earlier else 2
     expect(len(paths) >= least, "paths", f">= {least} image{'s' * (least > 1)} of a category", len(paths))
-    judged = category_features(good, nets, config) if good else (None,) * len(nets.each)
+    judged = category_features(reference, nets, config) if reference else (None,) * len(nets.each)
     judges = [Judges(*pair) for pair in zip(judged, earlier or (None,) * len(nets.each), strict=True)]
     groups = _groups(len(paths), nets, config, least)
     found: list[list[PatchScores]] = []

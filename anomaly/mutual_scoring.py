@@ -23,7 +23,7 @@ DOUBTFUL = 3e-3  # squared distance, in squared norms of the patch: below, float
 NOISE = 4e-6  # squared distance of unit vectors that 16 bits cannot tell from 0
 PARTS = {torch.float16: 2, torch.bfloat16: 3}  # how many numbers of the type add up to a float32 one
 PRECISIONS = ("auto", "float32", "half")
-GOOD_WEIGHT = 0.5  # of the known good images' word against that of the unlabelled ones
+REFERENCE_WEIGHT = 0.5  # of the known good images' word against that of the unlabelled ones
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,31 @@ class Window:
         return (apart[0][:, None, :, None] & apart[1][None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def mutual_scores(patches: Tensor, keep: float = 0.3, *, good: Tensor | None = None, earlier: Tensor | None = None,
-                  window: Window | None = None, precision: str = "float32", max_bytes: int | None = None) -> Tensor:
+def mutual_scores(patches: Tensor, keep: float = 0.3, *, reference: Tensor | None = None,
+                  earlier: Tensor | None = None, window: Window | None = None, precision: str = "float32",
+                  max_bytes: int | None = None) -> Tensor:
     """Score every patch by how poorly the other images explain it.
 
     patches: (N, L, D) float; N >= 2, or >= 1 with other judges. keep: share of the other images that count, the
     nearest first, in (0, 1]; at least one counts. earlier: (E, L, D) of an earlier batch; its images judge like all
-    others and are not scored again. good: (M, L, D) of known good images, not scored either; their word is half of
+    others and are not scored again. reference: (M, L, D) of known good images, not scored either; their word is half of
     the score, so a defect that many images share stays visible. precision: "half" multiplies in 16 bits (bfloat16
     on a CPU, float16 on a GPU), "auto" does so where that is faster. max_bytes: of distances held at once, and of
     products; None = by what is free, below it every pair is compared twice.
     Returns (N, L), same device, float32 (float64 for float64): 0 = common, larger = more anomalous.
     """
     expect(0 < keep <= 1, "keep", "a share in (0, 1]", keep)
-    _check(patches, 2 if good is None and earlier is None else 1)
-    judges = _joined(patches, earlier, good)
-    unlabelled = len(judges) - (0 if good is None else len(good))
+    _check(patches, 2 if reference is None and earlier is None else 1)
+    judges = _joined(patches, earlier, reference)
+    unlabelled = len(judges) - (0 if reference is None else len(reference))
     pairs = _Pairs(judges, window, precision, max_bytes)
     scores = []
     for band in pairs.bands(len(patches), max_bytes):
         distances = pairs.nearest(band)
-        words = [nearest_mean(distances[:, unlabelled:], keep)] if good is not None else []
+        words = [nearest_mean(distances[:, unlabelled:], keep)] if reference is not None else []
         if unlabelled > 1:
             words.append(nearest_mean(distances[:, :unlabelled], keep, others=unlabelled - 1))
-        scores.append(words[0] if len(words) == 1 else GOOD_WEIGHT * words[0] + (1 - GOOD_WEIGHT) * words[1])
+        scores.append(words[0] if len(words) == 1 else REFERENCE_WEIGHT * words[0] + (1 - REFERENCE_WEIGHT) * words[1])
     return torch.cat(scores)
 
 
@@ -101,10 +102,10 @@ def _check(patches: Tensor, least: int) -> None:
     expect(bool(torch.isfinite(patches).all()), "patches", "finite features", "NaN or infinity")
 
 
-def _joined(patches: Tensor, earlier: Tensor | None, good: Tensor | None) -> Tensor:
+def _joined(patches: Tensor, earlier: Tensor | None, reference: Tensor | None) -> Tensor:
     """All judges, the scored images first and the known good ones last."""
     parts = [patches]
-    for name, others in (("earlier", earlier), ("good", good)):
+    for name, others in (("earlier", earlier), ("reference", reference)):
         if others is not None:
             expect(others.ndim == 3 and len(others) > 0 and others.shape[1:] == patches.shape[1:], f"{name}.shape",
                    f"(M, {patches.shape[1]}, {patches.shape[2]}) with M >= 1", tuple(others.shape))

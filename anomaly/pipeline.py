@@ -84,11 +84,11 @@ class PatchScores:
 class Judges:
     """Further images' features: known good ones, and those of an earlier batch; of the same net and tiles."""
 
-    good: Features | None = None
+    reference: Features | None = None
     earlier: Features | None = None
 
     def of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        return tuple(None if f is None else f.layers[layer] for f in (self.good, self.earlier))
+        return tuple(None if f is None else f.layers[layer] for f in (self.reference, self.earlier))
 
 
 def feature_scores(features: Features, config: MuscConfig, *, tiles: Tiles | None = None,
@@ -101,10 +101,10 @@ def feature_scores(features: Features, config: MuscConfig, *, tiles: Tiles | Non
     total, passes = 0.0, 0
     for layer in range(len(features.layers)):
         own = features.layers[layer]
-        good, earlier = (judges or Judges()).of(layer)
+        reference, earlier = (judges or Judges()).of(layer)
         for degrees in ((config.degrees,) if config.aggregation == "snamd" else ((d,) for d in config.degrees)):
             patches, *others = (None if x is None else _of_images(aggregated(x, features.grid, degrees, config), tiles)
-                                for x in (own, good, earlier))
+                                for x in (own, reference, earlier))
             total = total + _scores(patches, *others, config, tiles).double()
             passes += 1
     scores = (total / passes).float()  # (N, T, L)
@@ -126,20 +126,21 @@ def _of_images(patches: Tensor, tiles: Tiles) -> Tensor:
     return patches.unflatten(0, (-1, tiles.side ** 2))
 
 
-def _scores(patches: Tensor, good: Tensor | None, earlier: Tensor | None, config: MuscConfig, tiles: Tiles) -> Tensor:
+def _scores(patches: Tensor, reference: Tensor | None, earlier: Tensor | None, config: MuscConfig,
+            tiles: Tiles) -> Tensor:
     """(N, T, L). Tiles are one pool of patches, or each place its own where patches are compared place by place."""
     if config.radius is None:
-        pooled = [None if x is None else x.flatten(1, 2) for x in (patches, good, earlier)]
+        pooled = [None if x is None else x.flatten(1, 2) for x in (patches, reference, earlier)]
         return _pool_scores(*pooled, config, None).unflatten(1, patches.shape[1:3])
     window = Window(tiles.grid, config.radius)
-    places = [[None if x is None else x[:, t] for x in (patches, good, earlier)] for t in range(patches.shape[1])]
+    places = [[None if x is None else x[:, t] for x in (patches, reference, earlier)] for t in range(patches.shape[1])]
     return torch.stack([_pool_scores(*place, config, window) for place in places], 1)
 
 
-def _pool_scores(patches: Tensor, good: Tensor | None, earlier: Tensor | None, config: MuscConfig,
+def _pool_scores(patches: Tensor, reference: Tensor | None, earlier: Tensor | None, config: MuscConfig,
                  window: Window | None) -> Tensor:
-    if not config.consistent or len(patches) < 3 or good is not None or earlier is not None:
-        return mutual_scores(patches, config.keep, good=good, earlier=earlier, window=window,
+    if not config.consistent or len(patches) < 3 or reference is not None or earlier is not None:
+        return mutual_scores(patches, config.keep, reference=reference, earlier=earlier, window=window,
                              precision=config.precision)
     distances = nearest_distances(patches, window=window, precision=config.precision)
     distances[shared_defects(distances, config.keep)] = torch.inf

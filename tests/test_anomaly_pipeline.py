@@ -50,7 +50,7 @@ def test_good_and_earlier_images_judge_in_every_pass():
     found = feature_scores(features, EXACT, judges=Judges(good, earlier))
     z = [[neighbourhood_features(layer, GRID, d) for layer in f.layers for d in (1, 3)]
          for f in (features, good, earlier)]
-    expected = [mutual_scores(own, good=g, earlier=e) for own, g, e in zip(*z, strict=True)]
+    expected = [mutual_scores(own, reference=g, earlier=e) for own, g, e in zip(*z, strict=True)]
     torch.testing.assert_close(found.scores, torch.stack(expected).mean(0))
     one = feature_scores(some_features(1, seed=3), EXACT, judges=Judges(good))
     assert one.scores.shape == (1, 12) and one.scores.isfinite().all()

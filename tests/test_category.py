@@ -77,12 +77,12 @@ def test_little_memory_means_groups_and_a_warning(nets, files, monkeypatch, refu
 def test_known_good_images_and_earlier_ones_judge(nets, files):
     both = Nets(nets.for_maps, nets.for_maps)
     earlier = category_features(files[5:], both, EXACT)
-    found, _ = score_category(files[:3], both, EXACT, good=files[3:5], earlier=earlier)
+    found, _ = score_category(files[:3], both, EXACT, reference=files[3:5], earlier=earlier)
     layout = tiles_of(both.for_maps, EXACT)
     own, good = (category_features(part, both, EXACT)[0] for part in (files[:3], files[3:5]))
     patches = feature_scores(own, EXACT, tiles=layout, judges=Judges(good, earlier[0]))
     torch.testing.assert_close(found, category.category_scores(patches, patches, EXACT)[0])
-    scores, maps = score_category(files[:1], nets, EXACT, good=files[1:2])  # one against one
+    scores, maps = score_category(files[:1], nets, EXACT, reference=files[1:2])  # one against one
     assert scores.shape == (1,) and maps.isfinite().all()
 
 
@@ -114,4 +114,4 @@ def test_too_few_images_are_refused(nets, files, refuses):
     with refuses(r"^paths: expected >= 2 images of a category, found 1$"):
         score_category(files[:1], nets, EXACT)
     with refuses(r"^paths: expected >= 1 image of a category, found 0$"):
-        score_category([], nets, EXACT, good=files[:1])
+        score_category([], nets, EXACT, reference=files[:1])

@@ -168,7 +168,7 @@ def test_good_and_earlier_images_judge_and_are_not_scored(n, max_bytes):
             words = [lowest_mean(patches[i], list(good), 0.3)] if use_good else []
             words += [lowest_mean(patches[i], others, 0.3)] if others else []
             expected.append(torch.stack(words).mean(0))
-        found = mutual_scores(patches, earlier=earlier if use_earlier else None, good=good if use_good else None,
+        found = mutual_scores(patches, earlier=earlier if use_earlier else None, reference=good if use_good else None,
                               max_bytes=max_bytes)
         torch.testing.assert_close(found, torch.stack(expected).float(), rtol=0, atol=1e-5)
 
@@ -177,7 +177,7 @@ def test_a_defect_that_all_images_share_is_seen_by_good_ones():
     patches = random_patches(1, 5, 16).expand(8, -1, -1).clone()
     good = patches[:2].clone()
     patches[:, 3] = -patches[:, 3]
-    assert mutual_scores(patches)[:, 3].max() == 0 and (mutual_scores(patches, good=good).argmax(1) == 3).all()
+    assert mutual_scores(patches)[:, 3].max() == 0 and (mutual_scores(patches, reference=good).argmax(1) == 3).all()
 
 
 def test_the_mean_of_the_nearest_leaves_out_what_is_infinite():
@@ -190,12 +190,12 @@ def test_the_mean_of_the_nearest_leaves_out_what_is_infinite():
 
 def test_wrong_judges_windows_and_precisions_are_refused(refuses):
     patches = random_patches(3)
-    with refuses(r"^good.shape: expected \(M, 5, 4\) with M >= 1, found \(2, 5, 3\)$"):
-        mutual_scores(patches, good=torch.zeros(2, 5, 3))
+    with refuses(r"^reference.shape: expected \(M, 5, 4\) with M >= 1, found \(2, 5, 3\)$"):
+        mutual_scores(patches, reference=torch.zeros(2, 5, 3))
     with refuses(r"^earlier.shape: expected \(M, 5, 4\) with M >= 1, found \(0, 5, 4\)$"):
         mutual_scores(patches, earlier=torch.zeros(0, 5, 4))
-    with refuses(r"^good: expected finite features, found NaN or infinity$"):
-        mutual_scores(patches, good=torch.full((2, 5, 4), torch.nan))
+    with refuses(r"^reference: expected finite features, found NaN or infinity$"):
+        mutual_scores(patches, reference=torch.full((2, 5, 4), torch.nan))
     with refuses(r"^patches.shape\[1\]: expected 2 x 3 patches, found 5$"):
         mutual_scores(patches, window=Window((2, 3), 1))
     with refuses(r"^Window.radius: expected >= 0 patches, found -1$"):
@@ -205,7 +205,7 @@ def test_wrong_judges_windows_and_precisions_are_refused(refuses):
     with refuses(r"^precision: expected one of auto, float32, half, found double$"):
         mutual_scores(patches, precision="double")
     with refuses(r"^patches.shape\[0\]: expected >= 1 image, found 0$"):
-        mutual_scores(patches[:0], good=patches)
+        mutual_scores(patches[:0], reference=patches)
 
 
 def test_one_image_is_refused(refuses):
