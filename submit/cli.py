@@ -67,7 +67,7 @@ def score(
     from submit.tables import print_outcomes, print_record, unit_progress
 
     device = _use_device(device)
-    settings = _use_preset(preset, weights) if task in (Task.anomaly, Task.all) else ()
+    settings = _use_preset(task, preset, weights)
     run = _new_run(runs, f"score-{task.value}")
     tasks = TASKS if task is Task.all else (task.value,)
     with ExitStack() as stack:
@@ -157,8 +157,12 @@ def _use_device(name: str) -> str:
     return str(chosen_device())
 
 
-def _use_preset(name: str, weights: Path | None) -> tuple[str, ...]:
+def _use_preset(task: Task, name: str, weights: Path | None) -> tuple[str, ...]:
     """Make a preset the one that the anomaly task's predict function uses; what its predictions depend on."""
+    if task not in (Task.anomaly, Task.all):
+        if weights or name != "embedded":
+            raise InputError(f"--preset, --weights: expected with anomaly or all, found {task.value}")
+        return ()
     from anomaly.predict import PRESET, WEIGHTS
     from anomaly.presets import preset, weight_files
 

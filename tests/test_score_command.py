@@ -386,6 +386,13 @@ def test_a_preset_that_cannot_run_is_named(capsys, parts, options, message):
     assert (status, out, err) == (2, "", f"error: {message}\n")
 
 
+def test_a_preset_of_another_task_is_refused(capsys):
+    for options in (("--preset", "musc"), ("--weights", "nets")):
+        status, out, err = run(capsys, "score", "retrieval", *options)
+        assert (status, out) == (2, "")
+        assert err == "error: --preset, --weights: expected with anomaly or all, found retrieval\n"
+
+
 def test_all_takes_a_folder_per_task(capsys, parts, scenes, tmp_path):
     every = tmp_path / "every"
     shutil.copytree(parts, every / "anomaly")
