@@ -30,7 +30,7 @@ class FineTuningConfig:
     decay: float = 5e-4         # of the weights
     batch: int = 256            # images at most
     epochs: int = 100
-    horizon: int | None = None  # epochs after which the rate would be zero; None = `epochs`
+    horizon: float | None = None  # epochs after which the rate would be zero; None = `epochs`, inf = never
     statistics: str = "batch"   # of batch norms: "batch" as published, "running" = as they are
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ def fine_tuning(model: nn.Module, given: Training, config: FineTuningConfig, *, 
     return run_epochs(model, given, descend, epochs=config.epochs, batch=config.batch, done=annealed)
 
 
-def cosine_rate(rate: float, past: int, horizon: int) -> float:
+def cosine_rate(rate: float, past: int, horizon: float) -> float:
     """The rate after `past` of the `horizon` units in which it falls to zero along half a cosine; then it rises."""
     return rate * (1 + math.cos(math.pi * past / horizon)) / 2
 

@@ -6,25 +6,34 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import batch_norm, cross_entropy
+from torchvision.models import VisionTransformer
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from data.preact_resnet import new_model
-from defense import channel_lipschitz, fine_pruning, fine_tuning
+from defense import adversarial_pruning, attention_distillation, channel_lipschitz, fine_pruning, fine_tuning
+from defense.adversarial_pruning import AdversarialPruningConfig, choose_threshold, learn_masks, prune
+from defense.attention_distillation import AttentionDistillationConfig, attention_map
 from defense.baseline import Repaired, clean_accuracy, run_baseline
 from defense.channel_lipschitz import ChannelLipschitzConfig, channel_bounds, norms_of_convolutions, outlying
 from defense.deadline import Deadline
 from defense.fine_pruning import FinePruningConfig
 from defense.fine_tuning import FineTuningConfig
-from defense.training import Shift, epoch_batches
+from defense.neuron_ratio import RatioConfig, split_clean
+from defense.training import Shift, Training, epoch_batches
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()  # rounding would grow by steps
 LABELS = torch.arange(12) % 3
 SHORT = FineTuningConfig(batch=6, epochs=3)
 DEFENSES = {"fine_tuning": (fine_tuning, SHORT),
             "fine_pruning": (fine_pruning, FinePruningConfig(drop=0.5, at_once=1, tuning=SHORT)),
-            "channel_lipschitz": (channel_lipschitz, ChannelLipschitzConfig(0.5))}
-TUNING = ["fine_tuning", "fine_pruning"]  # those whose last stage changes the model by steps
+            "channel_lipschitz": (channel_lipschitz, ChannelLipschitzConfig(0.5)),
+            "adversarial_pruning": (adversarial_pruning,
+                                    AdversarialPruningConfig(rate=0.5, batch=6, steps=6, threshold=0.6)),
+            "attention_distillation": (attention_distillation, AttentionDistillationConfig(
+                teacher=SHORT, student=FineTuningConfig(batch=6, epochs=2, horizon=math.inf)))}
+TUNING = ["fine_tuning", "fine_pruning", "attention_distillation"]  # those whose last stage changes the model by steps
+LEARNING = [*TUNING, "adversarial_pruning"]  # those that see training batches
 
 
 def drawn(seed=0):
@@ -148,7 +157,7 @@ def test_half_precision_and_a_missing_class_work(name):
     assert same(half.model, whole.model.half())  # the work is done in float32
 
 
-@pytest.mark.parametrize("name", TUNING)
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_nan_from_the_start_leaves_the_model_unrepaired(name):
     model = a_model()
     found = defended(name, model, augment=nan_from(1))
@@ -390,3 +399,264 @@ def test_norms_of_another_width_are_left_alone(refuses):
 def test_bad_settings_of_channel_lipschitz_are_named(refuses):
     with refuses(r"ChannelLipschitzConfig.deviations: expected >= 0, found -1"):
         ChannelLipschitzConfig(-1)
+
+
+# --- ANP -------------------------------------------------------------------------------------------------------
+
+class NoisyNorm(nn.Module):
+    """A batch norm with a mask and two kinds of noise, in place of the given one."""
+
+    def __init__(self, norm, statistics):
+        super().__init__()
+        self.norm, self.statistics = norm, statistics
+        self.mask = nn.Parameter(torch.ones_like(norm.weight))
+        self.weight_noise, self.bias_noise = (nn.Parameter(torch.zeros_like(norm.weight)) for _ in range(2))
+
+    def forward(self, x):
+        weight = self.norm.weight * (self.mask + self.weight_noise)
+        bias = self.norm.bias * (1 + self.bias_noise)
+        if self.statistics == "batch":
+            return batch_norm(x, None, None, weight, bias, training=True, eps=self.norm.eps)
+        return batch_norm(x, self.norm.running_mean, self.norm.running_var, weight, bias, eps=self.norm.eps)
+
+
+def with_noisy_norms(model, statistics):
+    """A copy of the model and its norms by name."""
+    model, norms = copy.deepcopy(model), {}
+    for name, block in model.named_modules():
+        for bn in ("bn1", "bn2") if hasattr(block, "bn1") else ():
+            norms[f"{name}.{bn}"] = NoisyNorm(getattr(block, bn), statistics)
+            setattr(block, bn, norms[f"{name}.{bn}"])
+    return model, norms
+
+
+def masks_by_hand(model, config, epochs, generator, images=IMAGES, labels=LABELS):
+    model, norms = with_noisy_norms(model, config.statistics)
+    speed = {name: torch.zeros_like(norm.mask) for name, norm in norms.items()}
+    kinds = [norm.weight_noise for norm in norms.values()], [norm.bias_noise for norm in norms.values()]
+    noises = [*kinds[0], *kinds[1]]
+    losses = []
+    for _ in range(epochs):
+        losses.append(0)
+        parts = epoch_batches(len(images), config.batch, generator=generator)
+        for index in parts:
+            for noise in noises:
+                start = torch.rand(noise.shape, generator=generator, dtype=torch.float64)
+                noise.data = config.noise * (2 * start - 1)
+            for _ in range(config.climbs):
+                climb = torch.autograd.grad(cross_entropy(model(images[index]), labels[index]), noises)
+                for noise, gradient in zip(noises, climb, strict=True):
+                    noise.data += config.noise / config.climbs * gradient.sign()
+            loss = (1 - config.clean) * cross_entropy(model(images[index]), labels[index])
+            for noise in noises:
+                noise.data = torch.zeros_like(noise)
+            loss = loss + config.clean * cross_entropy(model(images[index]), labels[index])
+            masks = [norm.mask for norm in norms.values()]
+            losses[-1] += loss.item() / len(parts)
+            for (name, norm), gradient in zip(norms.items(), torch.autograd.grad(loss, masks), strict=True):
+                speed[name] = config.momentum * speed[name] + gradient
+                norm.mask.data = (norm.mask - config.rate * speed[name]).clamp(0, 1).detach()
+    return {name: norm.mask.detach() for name, norm in norms.items()}, losses
+
+
+@pytest.mark.parametrize("config", [
+    AdversarialPruningConfig(rate=0.3, batch=6, steps=5), AdversarialPruningConfig(
+        rate=100.0, batch=12, steps=3, climbs=2, clean=0.7, noise=0.2, momentum=0.5, statistics="running")])
+def test_masks_agree_with_norms_that_carry_noise(config):
+    model = a_model()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # else some shift is undone by the next norm, and rounding is its sign
+            module.bias.data -= 0.7
+    before = copy.deepcopy(model)
+    masks, epochs = learn_masks(model, Training(IMAGES, LABELS, drawn(), None, Deadline()), config)
+    by_hand, losses = masks_by_hand(model, config, 3, drawn())
+    assert same(model, before) and epochs.losses == pytest.approx(losses)
+    assert list(masks) == list(by_hand) and len(set(losses)) == 3
+    for name in masks:
+        torch.testing.assert_close(masks[name], by_hand[name])
+    everything = torch.cat(list(masks.values()))
+    assert everything.min() < 0.95 and (everything == 1).any() and everything.max() == 1
+
+
+def some_masks(model):
+    generator = drawn(5)
+    return {name: torch.rand(module.weight.shape, generator=generator) for name, module in model.named_modules()
+            if isinstance(module, nn.BatchNorm2d)}
+
+
+def pruned_copy(model, masks, threshold):
+    ours = copy.deepcopy(model)
+    for name, mask in masks.items():
+        for i, value in enumerate(mask.tolist()):
+            if value <= threshold:
+                ours.get_submodule(name).weight.data[i] = 0
+    return ours
+
+
+def test_masks_at_most_the_threshold_are_cut():
+    model = a_model()
+    masks = some_masks(model)
+    masks["layer2.0.bn1"][:] = torch.tensor([0.5, 0.25])
+    expected = pruned_copy(model, masks, 0.5)
+    count = prune(model, masks, 0.5)
+    assert same(model, expected) and count == sum(int((mask <= 0.5).sum()) for mask in masks.values()) > 0
+
+
+@pytest.mark.parametrize("drop", [0.01, 0.3, 0.5, 1.0])
+def test_the_threshold_is_the_last_before_accuracy_falls(drop):
+    model = a_wide_model()
+    truth, masks = model(IMAGES).argmax(1), some_masks(model)
+    truth[0] = (truth[0] + 1) % 3  # so that the mark is not 1
+    config = AdversarialPruningConfig(drop=drop, thresholds=tuple(i / 50 for i in range(40)))
+    expected, seen = None, {}
+    for threshold in config.thresholds:
+        seen[threshold] = clean_accuracy(pruned_copy(model, masks, threshold), IMAGES, truth)
+        if (11 / 12 - seen[threshold]) / (11 / 12) >= drop:
+            break
+        expected = threshold
+    before = copy.deepcopy(model)
+    assert choose_threshold(model, masks, IMAGES, truth, config, Deadline()) == (expected, seen)
+    assert same(model, before) and expected is not None
+    assert (expected == config.thresholds[-1]) == (drop == 1.0)
+
+
+def test_masks_are_learned_on_one_part_and_judged_on_the_other():
+    images, labels = IMAGES.repeat(4, 1, 1, 1), LABELS.repeat(4)
+    images = images + 0.1 * torch.randn(images.shape, generator=drawn(2), dtype=torch.float64)
+    config = AdversarialPruningConfig(rate=0.5, batch=28, steps=4, drop=0.9)
+    found = defended("adversarial_pruning", config=config, images=images, labels=labels)
+    generator, model = started(), a_model()
+    learned, judges = split_clean(labels, RatioConfig(), generator=generator)
+    masks, losses = masks_by_hand(model, config, 4, generator, images[learned], labels[learned])
+    assert len(judges) == 20 and found.losses == pytest.approx(losses)
+    threshold, tried = choose_threshold(model, masks, images[judges], labels[judges], config, Deadline())
+    assert found.details["threshold"] == threshold
+    assert found.details["tried"] == {str(key): value for key, value in tried.items()}
+    assert same(found.model, pruned_copy(model, masks, threshold))
+
+
+def test_the_threshold_that_the_paper_fixes_is_taken_without_judges():
+    config = AdversarialPruningConfig(rate=0.5, batch=6, steps=6)
+    found = defended("adversarial_pruning", config=config)  # of 12 images, 6 would judge: too few
+    assert found.details["threshold"] == 0.2 and found.details["tried"] == {}
+    model, masks = a_model(), masks_by_hand(a_model(), config, 3, started())[0]
+    with_none = choose_threshold(model, masks, IMAGES, LABELS, config, Deadline(1.0, clock=Clock(2.0)))
+    assert with_none == (0.2, {}) and same(found.model, pruned_copy(model, masks, 0.2))
+
+
+def test_a_pruning_that_costs_too_much_is_not_given_back(monkeypatch):
+    monkeypatch.setattr(adversarial_pruning, "clean_accuracy", lambda net, images, labels: float(
+        all((m.weight != 0).all() for m in net.modules() if isinstance(m, nn.BatchNorm2d))))
+    model = a_model()
+    config = AdversarialPruningConfig(rate=5.0, batch=48, steps=6, thresholds=(0.5, 0.9))
+    found = defended("adversarial_pruning", model, config, images=IMAGES.repeat(4, 1, 1, 1), labels=LABELS.repeat(4))
+    assert found.failed == "no threshold keeps the accuracy" and same(found.model, model)
+    assert found.details["threshold"] is None and found.details["tried"] == {"0.5": 0.0}
+
+
+def test_a_vision_transformer_has_masks_on_its_layer_norms(refuses):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16,
+                                  num_classes=3).double()
+        nn.init.normal_(model.heads.head.weight)  # zero at first
+    config = AdversarialPruningConfig(rate=20.0, batch=6, steps=6, threshold=0.9)
+    found = defended("adversarial_pruning", model, config)
+    parts = zip(found.model.named_parameters(), model.parameters(), strict=True)
+    cut = [name for (name, tensor), given in parts if not torch.equal(tensor, given)]
+    assert found.details["pruned"] > 0 and cut and all("ln" in name and name.endswith("weight") for name in cut)
+    with refuses(r"model: expected batch, layer or group norms with weights, found none"):
+        defended("adversarial_pruning", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double())
+
+
+def test_bad_settings_of_adversarial_pruning_are_named(refuses):
+    for message, settings in [
+            (r" rate, momentum: expected > 0, in \[0, 1\), found \(0, 0.9\)", {"rate": 0}),
+            (r" batch, steps: expected > 1, > 0, found \(256, 0\)", {"steps": 0}),
+            (r" noise, climbs: expected >= 0, > 0, found \(-1, 1\)", {"noise": -1}),
+            (r".clean: expected in \[0, 1\], found 2", {"clean": 2}),
+            (r".thresholds: expected rising numbers in \[0, 1\), found \(\)", {"thresholds": ()}),
+            (r".thresholds: expected rising numbers in \[0, 1\), found \(0.5, 0.1\)", {"thresholds": (0.5, 0.1)}),
+            (r".threshold: expected in \[0, 1\), found 1", {"threshold": 1}),
+            (r".fallback: expected in \[0, 1\), found -0.1", {"fallback": -0.1}),
+            (r" drop, held_out: expected in \(0, 1\], in \(0, 1\), found \(0, 0.2\)", {"drop": 0}),
+            (r".statistics: expected one of batch, running, found x", {"statistics": "x"})]:
+        with refuses("AdversarialPruningConfig" + message):
+            AdversarialPruningConfig(**settings)
+
+
+# --- NAD -------------------------------------------------------------------------------------------------------
+
+def maps_by_hand(model, images):
+    """(logits, the maps of the third and the fourth stage), image by image, place by place."""
+    third = model.layer3(model.layer2(model.layer1(model.conv1(images))))
+    fourth = model.layer4(third)
+    maps = []
+    for features in (third, fourth):
+        rows = [torch.stack([one[:, y, x] @ one[:, y, x] for y in range(one.shape[1]) for x in range(one.shape[2])])
+                for one in features]
+        maps.append(torch.stack([row / ((row @ row).sqrt() + 1e-6) for row in rows]))
+    return model.linear(model.avgpool(fourth).flatten(1)), maps
+
+
+def test_distillation_agrees_with_maps_by_hand():
+    config = DEFENSES["attention_distillation"][1]
+    found = defended("attention_distillation")
+    generator, teacher, student = started(), a_model(), a_model()
+    tuned_by_hand(teacher, SHORT, generator)
+    teacher.eval()
+    student.train()
+    descent, losses = Descent(student), []
+    for epoch in batches(2, 6, generator):
+        losses.append(0)
+        for images, labels in epoch:
+            with torch.no_grad():
+                _, theirs = maps_by_hand(teacher, images)
+            logits, ours = maps_by_hand(student, images)
+            apart = [(a - b).square().sum() / a.numel() for a, b in zip(ours, theirs, strict=True)]
+            loss = cross_entropy(logits, labels) + 500 * apart[0] + 1000 * apart[1]
+            descent.step(torch.autograd.grad(loss, descent.parameters), 0.01)
+            losses[-1] += loss.item() / len(epoch)
+    assert_close(found.model, student)
+    assert found.losses == pytest.approx(losses) and found.details["teacher_epochs"] == 3
+    plain = defended("attention_distillation", config=AttentionDistillationConfig(
+        weights=(0.0, 0.0), teacher=config.teacher, student=config.student))
+    assert found.losses[-1] > plain.losses[-1]
+
+
+def test_the_map_of_tokens_is_that_of_places():
+    features = torch.randn(2, 5, 3, 4, generator=drawn())
+    tokens = features.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(attention_map(features), attention_map(tokens))
+    torch.testing.assert_close(attention_map(features).norm(dim=1), torch.ones(2))
+    assert (attention_map(torch.zeros(1, 2, 3, 3)) == 0).all()
+
+
+def test_a_student_without_a_finite_epoch_leaves_the_model_unrepaired():
+    model = a_model()
+    found = defended("attention_distillation", model, augment=nan_from(7))  # the teacher takes six steps
+    assert found.failed == "no finite epoch of tuning" and same(found.model, model)
+    taught = defended("attention_distillation", model, augment=nan_from(10))  # two steps an epoch
+    assert not taught.failed and not taught.finite and len(taught.losses) == 1 and is_finite(taught.model)
+
+
+def test_the_hooks_are_gone_afterwards():
+    model = a_model()
+    found = defended("attention_distillation", model)
+    assert not any(m._forward_hooks for net in (model, found.model) for m in net.modules())
+    found = defended("fine_pruning", model)
+    assert not any(m._forward_hooks for net in (model, found.model) for m in net.modules())
+
+
+def test_bad_settings_of_distillation_are_named(refuses):
+    with refuses(r"AttentionDistillationConfig.layers: expected different names, found \(\)"):
+        AttentionDistillationConfig(layers=())
+    with refuses(r"AttentionDistillationConfig.weights: expected 2 of them, >= 0, found \(1.0,\)"):
+        AttentionDistillationConfig(weights=(1.0,))
+    with refuses(r"AttentionDistillationConfig.layers: expected names of modules of the model, found stage9"):
+        defended("attention_distillation", config=AttentionDistillationConfig(("stage9",), (1.0,), SHORT, SHORT))
+    with refuses(r"AttentionDistillationConfig.layers: expected modules that give \(B, C, H, W\) or \(B, T, C\), "
+                 r"found \(6, 3\)"):
+        defended("attention_distillation", config=AttentionDistillationConfig(("linear",), (1.0,), SHORT, SHORT))
+    with refuses(r"AttentionDistillationConfig.layers: expected modules .* found tuple"):
+        attention_map((torch.zeros(1),))
