@@ -82,7 +82,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: Adversarial
            generator: torch.Generator, augment: Augment | None = None,
            deadline: Deadline | None = None) -> DefenseResult:
     """Prune a copy of `model`: see `run_baseline`. Where no threshold keeps the accuracy, it counts as failed."""
-    return run_baseline("adversarial_pruning", partial(_repair, config=config), model, images, labels,
+    return run_baseline("anp", partial(_repair, config=config), model, images, labels,
                         generator=generator, augment=augment, deadline=deadline)
 
 

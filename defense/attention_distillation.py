@@ -58,7 +58,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: AttentionDi
            generator: torch.Generator, augment: Augment | None = None,
            deadline: Deadline | None = None) -> DefenseResult:
     """Distil a copy of `model`: see `run_baseline`. Other nets than ResNets need `config.layers` of their own."""
-    return run_baseline("attention_distillation", partial(_repair, config=config), model, images, labels,
+    return run_baseline("nad", partial(_repair, config=config), model, images, labels,
                         generator=generator, augment=augment, deadline=deadline)
 
 

@@ -48,7 +48,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: ChannelLips
         return Repaired(given.model, complete=done == len(pairs), failed="" if done else "no time to prune",
                         details={"pruned": silenced, "layers": done})
 
-    return run_baseline("channel_lipschitz", repair, model, images, labels, generator=generator, augment=augment,
+    return run_baseline("clp", repair, model, images, labels, generator=generator, augment=augment,
                         deadline=deadline)
 
 

@@ -50,7 +50,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: FinePruning
         epochs = fine_tuning(given.model, training, config.tuning, after=cut)
         return after_tuning(given.model, epochs, {"pruned": count, "inputs": len(order)})
 
-    return run_baseline("fine_pruning", repair, model, images, labels, generator=generator, augment=augment,
+    return run_baseline("fp", repair, model, images, labels, generator=generator, augment=augment,
                         deadline=deadline)
 
 

@@ -49,7 +49,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: FineTuningC
     def repair(given: Given, training: Training) -> Repaired:
         return after_tuning(given.model, fine_tuning(given.model, training, config))
 
-    return run_baseline("fine_tuning", repair, model, images, labels, generator=generator, augment=augment,
+    return run_baseline("ft", repair, model, images, labels, generator=generator, augment=augment,
                         deadline=deadline)
 
 

@@ -11,29 +11,32 @@ from torchvision.models import VisionTransformer
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from data.preact_resnet import new_model
-from defense import adversarial_pruning, attention_distillation, channel_lipschitz, fine_pruning, fine_tuning
+from defense import adversarial_pruning
 from defense.adversarial_pruning import AdversarialPruningConfig, choose_threshold, learn_masks, prune
 from defense.attention_distillation import AttentionDistillationConfig, attention_map
 from defense.baseline import Repaired, clean_accuracy, run_baseline
 from defense.channel_lipschitz import ChannelLipschitzConfig, channel_bounds, norms_of_convolutions, outlying
 from defense.deadline import Deadline
+from defense.defenses import DEFENSES, defense_config
+from defense.defenses import defend as defend_by_name
 from defense.fine_pruning import FinePruningConfig
 from defense.fine_tuning import FineTuningConfig
 from defense.neuron_ratio import RatioConfig, split_clean
+from defense.sharpness_tuning import SharpnessTuningConfig, steepest
 from defense.training import Shift, Training, epoch_batches
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()  # rounding would grow by steps
 LABELS = torch.arange(12) % 3
 SHORT = FineTuningConfig(batch=6, epochs=3)
-DEFENSES = {"fine_tuning": (fine_tuning, SHORT),
-            "fine_pruning": (fine_pruning, FinePruningConfig(drop=0.5, at_once=1, tuning=SHORT)),
-            "channel_lipschitz": (channel_lipschitz, ChannelLipschitzConfig(0.5)),
-            "adversarial_pruning": (adversarial_pruning,
-                                    AdversarialPruningConfig(rate=0.5, batch=6, steps=6, threshold=0.6)),
-            "attention_distillation": (attention_distillation, AttentionDistillationConfig(
-                teacher=SHORT, student=FineTuningConfig(batch=6, epochs=2, horizon=math.inf)))}
-TUNING = ["fine_tuning", "fine_pruning", "attention_distillation"]  # those whose last stage changes the model by steps
-LEARNING = [*TUNING, "adversarial_pruning"]  # those that see training batches
+QUICK = {"ft": SHORT,
+         "fp": FinePruningConfig(drop=0.5, at_once=1, tuning=SHORT),
+         "clp": ChannelLipschitzConfig(0.5),
+         "anp": AdversarialPruningConfig(rate=0.5, batch=6, steps=6, threshold=0.6),
+         "nad": AttentionDistillationConfig(teacher=SHORT, student=FineTuningConfig(
+             batch=6, epochs=2, horizon=math.inf)),
+         "ft-sam": SharpnessTuningConfig(batch=6, epochs=3)}
+TUNING = ["ft", "fp", "nad", "ft-sam"]  # those whose last stage changes the model by steps
+LEARNING = [*TUNING, "anp"]             # those that see training batches
 
 
 def drawn(seed=0):
@@ -53,9 +56,8 @@ def a_model(seed=0):
 
 
 def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
-    module, short = DEFENSES[name]
-    return module.defend(a_model() if model is None else model, images, labels, config or short,
-                         generator=drawn(seed), **more)
+    return DEFENSES[name][0].defend(a_model() if model is None else model, images, labels, config or QUICK[name],
+                                    generator=drawn(seed), **more)
 
 
 def same(a, b):
@@ -123,7 +125,7 @@ class Descent:
 
 # --- what every baseline owes ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_given_model_stays_and_seeds_decide(name):
     model = a_model().float()
     frozen = next(model.parameters()).requires_grad_(False)
@@ -148,7 +150,7 @@ def test_another_seed_gives_another_model(name):
     assert not same(defended(name).model, defended(name, seed=1).model)
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", QUICK)
 def test_half_precision_and_a_missing_class_work(name):
     images, labels = IMAGES.half()[:8], LABELS[:8] % 2
     half = defended(name, a_model().half(), images=images, labels=labels)
@@ -165,14 +167,14 @@ def test_a_nan_from_the_start_leaves_the_model_unrepaired(name):
     assert not found.finite and not found.complete
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", QUICK)
 def test_no_time_leaves_the_model_unrepaired(name):
     model = a_model()
     found = defended(name, model, deadline=Deadline(1.0, clock=Clock(2.0)))
     assert found.failed.startswith("no time to") and same(found.model, model) and not found.complete
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", QUICK)
 def test_wrong_labels_are_named(name, refuses):
     with refuses(r"labels: expected in \[0, 3\), as the model has classes, found 1 to 3"):
         defended(name, labels=LABELS + 1)
@@ -226,16 +228,16 @@ def tuned_by_hand(model, config, generator, after=lambda: None):
 @pytest.mark.parametrize("config", [SHORT, FineTuningConfig(batch=12, epochs=2, horizon=5, decay=0.1, momentum=0.5),
                                     FineTuningConfig(batch=5, epochs=2, statistics="running")])
 def test_fine_tuning_is_sgd_along_a_cosine(config):
-    found, plain = defended("fine_tuning", config=config), a_model()
+    found, plain = defended("ft", config=config), a_model()
     losses = tuned_by_hand(plain, config, started())
     assert_close(found.model, plain)
     assert found.losses == pytest.approx(losses) and len(set(losses)) == len(losses)
 
 
 def test_a_late_nan_keeps_the_epochs_before_it():
-    found = defended("fine_tuning", augment=nan_from(5))  # two steps an epoch
+    found = defended("ft", augment=nan_from(5))  # two steps an epoch
     assert not found.finite and not found.complete and not found.failed and len(found.losses) == 2
-    assert same(found.model, defended("fine_tuning", config=FineTuningConfig(batch=6, epochs=2, horizon=3)).model)
+    assert same(found.model, defended("ft", config=FineTuningConfig(batch=6, epochs=2, horizon=3)).model)
 
 
 def test_bad_settings_of_fine_tuning_are_named(refuses):
@@ -280,7 +282,7 @@ def test_fine_pruning_cuts_the_least_used_inputs_then_tunes(drop, at_once):
     truth = model(IMAGES).argmax(1)
     assert len(truth.unique()) == 3
     cut = pruned_by_hand(model, truth, drop, at_once)
-    found = defended("fine_pruning", model, FinePruningConfig(drop, at_once, SHORT), labels=truth)
+    found = defended("fp", model, FinePruningConfig(drop, at_once, SHORT), labels=truth)
     plain = copy.deepcopy(model)
 
     def again():
@@ -313,12 +315,12 @@ def test_bad_settings_of_fine_pruning_are_named(refuses):
     with refuses(r"FinePruningConfig.at_once: expected > 0, found 0"):
         FinePruningConfig(at_once=0)
     with refuses(r"model: expected a last linear layer of 3 outputs, for pruning its inputs, found none"):
-        defended("fine_pruning", nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()).double())
+        defended("fp", nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()).double())
     with refuses(r"model: expected a last linear layer of 3 outputs, for pruning its inputs, found Linear\(.*"):
-        defended("fine_pruning", nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Unflatten(1, (3, 2)),
+        defended("fp", nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Unflatten(1, (3, 2)),
                                                nn.AvgPool1d(2), nn.Flatten()).double())
     with refuses(r"model: expected logits that its last linear layer gives, found others"):
-        defended("fine_pruning", nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Tanh()).double())
+        defended("fp", nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Tanh()).double())
 
 
 # --- CLP -------------------------------------------------------------------------------------------------------
@@ -348,7 +350,7 @@ def silenced_by_hand(model, deviations):
 def test_channel_lipschitz_agrees_with_numpy(deviations):
     model = a_model(3)
     by_hand = silenced_by_hand(model, deviations)
-    found = defended("channel_lipschitz", model, ChannelLipschitzConfig(deviations))
+    found = defended("clp", model, ChannelLipschitzConfig(deviations))
     plain = copy.deepcopy(model)
     for norm, i in by_hand:
         layer = plain.get_submodule(norm)
@@ -361,7 +363,7 @@ def test_a_mad_channel_is_the_one_silenced():
     model = new_model(3, (16, 16, 16, 16), 3, seed=0).eval()
     model.layer3[0].conv1.weight.data[5] *= 50
     model.layer3[0].bn2.bias.data += 1
-    found = defended("channel_lipschitz", model, ChannelLipschitzConfig(), images=IMAGES.float()).model
+    found = defended("clp", model, ChannelLipschitzConfig(), images=IMAGES.float()).model
     assert (found.layer3[0].bn2.weight == 0).nonzero()[:, 0].tolist() == [5]
     assert (found.layer3[0].bn2.bias == 0).nonzero()[:, 0].tolist() == [5]
 
@@ -393,7 +395,7 @@ def test_norms_of_another_width_are_left_alone(refuses):
                     nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3, affine=False), nn.Flatten()),
                     nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten())):
         with refuses(r"model: expected convolutions followed by batch norms with weights and statistics, found none"):
-            defended("channel_lipschitz", without.double())
+            defended("clp", without.double())
 
 
 def test_bad_settings_of_channel_lipschitz_are_named(refuses):
@@ -507,7 +509,7 @@ def test_the_threshold_is_the_last_before_accuracy_falls(drop):
     model = a_wide_model()
     truth, masks = model(IMAGES).argmax(1), some_masks(model)
     truth[0] = (truth[0] + 1) % 3  # so that the mark is not 1
-    config = AdversarialPruningConfig(drop=drop, thresholds=tuple(i / 50 for i in range(40)))
+    config = AdversarialPruningConfig(drop=drop, thresholds=tuple(i / 25 for i in range(20)))
     expected, seen = None, {}
     for threshold in config.thresholds:
         seen[threshold] = clean_accuracy(pruned_copy(model, masks, threshold), IMAGES, truth)
@@ -524,7 +526,7 @@ def test_masks_are_learned_on_one_part_and_judged_on_the_other():
     images, labels = IMAGES.repeat(4, 1, 1, 1), LABELS.repeat(4)
     images = images + 0.1 * torch.randn(images.shape, generator=drawn(2), dtype=torch.float64)
     config = AdversarialPruningConfig(rate=0.5, batch=28, steps=4, drop=0.9)
-    found = defended("adversarial_pruning", config=config, images=images, labels=labels)
+    found = defended("anp", config=config, images=images, labels=labels)
     generator, model = started(), a_model()
     learned, judges = split_clean(labels, RatioConfig(), generator=generator)
     masks, losses = masks_by_hand(model, config, 4, generator, images[learned], labels[learned])
@@ -537,7 +539,7 @@ def test_masks_are_learned_on_one_part_and_judged_on_the_other():
 
 def test_the_threshold_that_the_paper_fixes_is_taken_without_judges():
     config = AdversarialPruningConfig(rate=0.5, batch=6, steps=6)
-    found = defended("adversarial_pruning", config=config)  # of 12 images, 6 would judge: too few
+    found = defended("anp", config=config)  # of 12 images, 6 would judge: too few
     assert found.details["threshold"] == 0.2 and found.details["tried"] == {}
     model, masks = a_model(), masks_by_hand(a_model(), config, 3, started())[0]
     with_none = choose_threshold(model, masks, IMAGES, LABELS, config, Deadline(1.0, clock=Clock(2.0)))
@@ -549,7 +551,7 @@ def test_a_pruning_that_costs_too_much_is_not_given_back(monkeypatch):
         all((m.weight != 0).all() for m in net.modules() if isinstance(m, nn.BatchNorm2d))))
     model = a_model()
     config = AdversarialPruningConfig(rate=5.0, batch=48, steps=6, thresholds=(0.5, 0.9))
-    found = defended("adversarial_pruning", model, config, images=IMAGES.repeat(4, 1, 1, 1), labels=LABELS.repeat(4))
+    found = defended("anp", model, config, images=IMAGES.repeat(4, 1, 1, 1), labels=LABELS.repeat(4))
     assert found.failed == "no threshold keeps the accuracy" and same(found.model, model)
     assert found.details["threshold"] is None and found.details["tried"] == {"0.5": 0.0}
 
@@ -561,12 +563,12 @@ def test_a_vision_transformer_has_masks_on_its_layer_norms(refuses):
                                   num_classes=3).double()
         nn.init.normal_(model.heads.head.weight)  # zero at first
     config = AdversarialPruningConfig(rate=20.0, batch=6, steps=6, threshold=0.9)
-    found = defended("adversarial_pruning", model, config)
+    found = defended("anp", model, config)
     parts = zip(found.model.named_parameters(), model.parameters(), strict=True)
     cut = [name for (name, tensor), given in parts if not torch.equal(tensor, given)]
     assert found.details["pruned"] > 0 and cut and all("ln" in name and name.endswith("weight") for name in cut)
     with refuses(r"model: expected batch, layer or group norms with weights, found none"):
-        defended("adversarial_pruning", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double())
+        defended("anp", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double())
 
 
 def test_bad_settings_of_adversarial_pruning_are_named(refuses):
@@ -600,8 +602,8 @@ def maps_by_hand(model, images):
 
 
 def test_distillation_agrees_with_maps_by_hand():
-    config = DEFENSES["attention_distillation"][1]
-    found = defended("attention_distillation")
+    config = QUICK["nad"]
+    found = defended("nad")
     generator, teacher, student = started(), a_model(), a_model()
     tuned_by_hand(teacher, SHORT, generator)
     teacher.eval()
@@ -619,7 +621,7 @@ def test_distillation_agrees_with_maps_by_hand():
             losses[-1] += loss.item() / len(epoch)
     assert_close(found.model, student)
     assert found.losses == pytest.approx(losses) and found.details["teacher_epochs"] == 3
-    plain = defended("attention_distillation", config=AttentionDistillationConfig(
+    plain = defended("nad", config=AttentionDistillationConfig(
         weights=(0.0, 0.0), teacher=config.teacher, student=config.student))
     assert found.losses[-1] > plain.losses[-1]
 
@@ -634,17 +636,17 @@ def test_the_map_of_tokens_is_that_of_places():
 
 def test_a_student_without_a_finite_epoch_leaves_the_model_unrepaired():
     model = a_model()
-    found = defended("attention_distillation", model, augment=nan_from(7))  # the teacher takes six steps
+    found = defended("nad", model, augment=nan_from(7))  # the teacher takes six steps
     assert found.failed == "no finite epoch of tuning" and same(found.model, model)
-    taught = defended("attention_distillation", model, augment=nan_from(10))  # two steps an epoch
+    taught = defended("nad", model, augment=nan_from(10))  # two steps an epoch
     assert not taught.failed and not taught.finite and len(taught.losses) == 1 and is_finite(taught.model)
 
 
 def test_the_hooks_are_gone_afterwards():
     model = a_model()
-    found = defended("attention_distillation", model)
+    found = defended("nad", model)
     assert not any(m._forward_hooks for net in (model, found.model) for m in net.modules())
-    found = defended("fine_pruning", model)
+    found = defended("fp", model)
     assert not any(m._forward_hooks for net in (model, found.model) for m in net.modules())
 
 
@@ -654,9 +656,123 @@ def test_bad_settings_of_distillation_are_named(refuses):
     with refuses(r"AttentionDistillationConfig.weights: expected 2 of them, >= 0, found \(1.0,\)"):
         AttentionDistillationConfig(weights=(1.0,))
     with refuses(r"AttentionDistillationConfig.layers: expected names of modules of the model, found stage9"):
-        defended("attention_distillation", config=AttentionDistillationConfig(("stage9",), (1.0,), SHORT, SHORT))
+        defended("nad", config=AttentionDistillationConfig(("stage9",), (1.0,), SHORT, SHORT))
     with refuses(r"AttentionDistillationConfig.layers: expected modules that give \(B, C, H, W\) or \(B, T, C\), "
                  r"found \(6, 3\)"):
-        defended("attention_distillation", config=AttentionDistillationConfig(("linear",), (1.0,), SHORT, SHORT))
+        defended("nad", config=AttentionDistillationConfig(("linear",), (1.0,), SHORT, SHORT))
     with refuses(r"AttentionDistillationConfig.layers: expected modules .* found tuple"):
         attention_map((torch.zeros(1),))
+
+
+# --- FT-SAM ----------------------------------------------------------------------------------------------------
+
+def smoothed(logits, labels, smoothing):
+    wanted = torch.full_like(logits, smoothing / (logits.shape[1] - 1))
+    wanted[torch.arange(len(labels)), labels] = 1 - smoothing
+    return -(wanted * logits.log_softmax(1)).sum(1).mean()
+
+
+def sharpened_by_hand(model, config, generator):
+    """On deep copies: gradient, gradient uphill, step; the statistics by the first pass."""
+    descent, losses, taken = Descent(model, config.momentum, config.decay), [], 0
+    model.train(config.statistics == "batch")
+    for epoch in batches(config.epochs, config.batch, generator):
+        losses.append(0)
+        for images, labels in epoch:
+            uphill = copy.deepcopy(model)
+            loss = smoothed(model(images), labels, config.smoothing)
+            here = torch.autograd.grad(loss, descent.parameters)
+            sizes = [p.detach().abs() if config.adaptive else torch.ones_like(p) for p in descent.parameters]
+            norm = math.sqrt(sum((s * g).square().sum().item() for s, g in zip(sizes, here, strict=True)))
+            for p, s, g in zip(uphill.parameters(), sizes, here, strict=True):
+                p.data += config.radius * s * s * g / norm
+            there = torch.autograd.grad(smoothed(uphill(images), labels, config.smoothing), list(uphill.parameters()))
+            descent.step(there, config.rate * (1 + math.cos(math.pi * taken / config.horizon)) / 2)
+            taken += 1
+            losses[-1] += loss.item() / len(epoch)
+    return losses
+
+
+@pytest.mark.parametrize("config", [
+    SharpnessTuningConfig(batch=6, epochs=3, horizon=2),  # down, up and down again
+    SharpnessTuningConfig(batch=6, epochs=2, horizon=math.inf, adaptive=False, radius=0.3, smoothing=0.0),
+    SharpnessTuningConfig(batch=12, epochs=2, statistics="running", momentum=0.5, decay=0.1, smoothing=0.4)])
+def test_sharpness_tuning_agrees_with_deep_copies(config):
+    found, plain = defended("ft-sam", config=config), a_model()
+    losses = sharpened_by_hand(plain, config, started())
+    assert_close(found.model, plain)
+    assert found.losses == pytest.approx(losses) and len(set(losses)) == len(losses)
+
+
+def test_the_step_uphill_by_hand():
+    weights, gradients = [torch.tensor([2.0, -1.0]), torch.tensor([0.0])], [torch.tensor([3.0, 8.0]), torch.ones(1)]
+    adaptive = steepest(weights, gradients, SharpnessTuningConfig(radius=5.0))  # |w g| = |(6, 8, 0)| = 10
+    assert [m.tolist() for m in adaptive] == [pytest.approx([6.0, 4.0]), [0.0]]
+    plain = steepest(weights, [torch.tensor([3.0, 4.0]), torch.zeros(1)], SharpnessTuningConfig(adaptive=False))
+    assert [m.tolist() for m in plain] == [pytest.approx([1.2, 1.6]), [0.0]]
+    still = steepest(weights, [torch.zeros(2), torch.zeros(1)], SharpnessTuningConfig())
+    assert all((m == 0).all() for m in still)
+
+
+@pytest.mark.parametrize("name", ["ft", "ft-sam"])
+def test_a_parameter_that_is_not_used_stays(name):
+    model = a_model()
+    model.extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    found = defended(name, model)
+    assert found.finite and not found.failed and found.model.extra.tolist() == [1, 1]
+
+
+def test_bad_settings_of_sharpness_tuning_are_named(refuses):
+    for message, settings in [
+            (r" rate, momentum, decay: expected > 0, in \[0, 1\), >= 0, found \(0.01, 0.9, -1\)", {"decay": -1}),
+            (r" batch, epochs, horizon: expected > 1, > 0, > 0, found \(256, 100, 0\)", {"horizon": 0}),
+            (r" radius, smoothing: expected > 0, in \[0, 0.5\], found \(0, 0.1\)", {"radius": 0}),
+            (r".statistics: expected one of batch, running, found x", {"statistics": "x"})]:
+        with refuses("SharpnessTuningConfig" + message):
+            SharpnessTuningConfig(**settings)
+
+
+# --- by name ---------------------------------------------------------------------------------------------------
+
+def test_every_defense_has_its_name_and_defaults():
+    assert list(DEFENSES) == ["tsbd", "ft", "fp", "clp", "anp", "nad", "ft-sam"]
+    for name, (module, config) in DEFENSES.items():
+        assert defense_config(name, {}, "x") == config() and callable(module.defend)
+
+
+def test_tables_fill_the_configs_within():
+    found = defense_config("fp", {"drop": 0.2, "tuning": {"epochs": 3, "batch": 6}}, "x")
+    assert found == FinePruningConfig(drop=0.2, tuning=SHORT) == defense_config(
+        "fp", {"drop": 0.2, "tuning": SHORT}, "x")
+    nad = defense_config("nad", {"layers": ["layer4"], "weights": [1.0], "teacher": {"epochs": 2}}, "x")
+    assert nad.layers == ("layer4",) and nad.teacher == FineTuningConfig(epochs=2, horizon=100)  # other defaults stay
+
+
+@pytest.mark.parametrize("name", ["ft", "tsbd"])
+def test_a_defense_is_called_by_name(name):
+    tables = {"ft": {"epochs": 3, "batch": 6},
+              "tsbd": {"neurons": 0.3, "tuning": {"epochs": 1, "steps": 0}, "unlearning": {"epochs": 1}}}
+    found = defend_by_name(name, a_model(), IMAGES, LABELS, tables[name], generator=drawn(), augment=Shift(1))
+    assert found.method == name and not found.failed
+    config = defense_config(name, tables[name], "x")
+    assert same(found.model, defended(name, config=config, augment=Shift(1)).model)
+    late = defend_by_name(name, a_model(), IMAGES, LABELS, tables[name], generator=drawn(),
+                          deadline=Deadline(1.0, clock=Clock(2.0)))
+    assert late.failed.startswith("no time to")
+
+
+def test_unknown_names_and_settings_are_named(refuses):
+    with refuses(r"recipe: expected one of tsbd, ft, fp, clp, anp, nad, ft-sam, found sft"):
+        defense_config("sft", {}, "recipe")
+    with refuses(r"recipe clp: expected some of deviations, found u"):
+        defense_config("clp", {"u": 3}, "recipe")
+    with refuses(r"recipe fp tuning: expected some of rate, .*, found epoch"):
+        defense_config("fp", {"tuning": {"epoch": 3}}, "recipe")
+    with refuses(r"recipe fp tuning: expected a table of settings, found 3"):
+        defense_config("fp", {"tuning": 3}, "recipe")
+    with refuses(r"recipe clp: expected settings of the right types, found .*'str'"):
+        defense_config("clp", {"deviations": "3"}, "recipe")
+    with refuses(r"FineTuningConfig batch, epochs: expected > 1, > 0, found \(256, 0\)"):
+        defense_config("ft", {"epochs": 0}, "recipe")
+    with refuses(r"defense clp: expected some of deviations, found u"):
+        defend_by_name("clp", a_model(), IMAGES, LABELS, {"u": 3}, generator=drawn())

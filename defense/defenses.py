@@ -1,0 +1,67 @@
+"""Every defense by name: its config class and how it repairs a model."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError, expect
+from defense import (
+    adversarial_pruning,
+    attention_distillation,
+    channel_lipschitz,
+    fine_pruning,
+    fine_tuning,
+    sharpness_tuning,
+    tsbd,
+)
+from defense.deadline import Deadline
+from defense.results import DefenseResult
+from defense.training import Augment
+
+DEFENSES: dict[str, tuple[ModuleType, type]] = {
+    "tsbd": (tsbd, tsbd.TSBDConfig),
+    "ft": (fine_tuning, fine_tuning.FineTuningConfig),
+    "fp": (fine_pruning, fine_pruning.FinePruningConfig),
+    "clp": (channel_lipschitz, channel_lipschitz.ChannelLipschitzConfig),
+    "anp": (adversarial_pruning, adversarial_pruning.AdversarialPruningConfig),
+    "nad": (attention_distillation, attention_distillation.AttentionDistillationConfig),
+    "ft-sam": (sharpness_tuning, sharpness_tuning.SharpnessTuningConfig),
+}
+
+
+def defense_config(name: str, parameters: Mapping[str, Any], where: str) -> Any:
+    """The defense's frozen config, its defaults where `parameters` say nothing; tables fill the configs within.
+
+    An unknown defense or parameter is named, `where` opens the message.
+    """
+    expect(name in DEFENSES, where, f"one of {', '.join(DEFENSES)}", name)
+    return _filled(DEFENSES[name][1](), parameters, f"{where} {name}")
+
+
+def _filled(config: Any, parameters: Mapping[str, Any], where: str) -> Any:
+    known, values = [part.name for part in fields(config)], {}
+    for key, value in parameters.items():
+        expect(key in known, where, f"some of {', '.join(known)}", key)
+        inner = getattr(config, key)
+        if is_dataclass(inner) and not isinstance(value, type(inner)):
+            expect(isinstance(value, Mapping), f"{where} {key}", "a table of settings", value)
+            value = _filled(inner, value, f"{where} {key}")
+        values[key] = tuple(value) if isinstance(value, list) else value  # files know no tuples
+    try:
+        return replace(config, **values)
+    except TypeError as error:
+        raise InputError(f"{where}: expected settings of the right types, found {error}") from None
+
+
+def defend(name: str, model: nn.Module, images: Tensor, labels: Tensor, parameters: Mapping[str, Any], *,
+           generator: torch.Generator, augment: Augment | None = None,
+           deadline: Deadline | None = None) -> DefenseResult:
+    """Repair a copy of `model` by the defense `name`: see `tsbd.defend` and `baseline.run_baseline`."""
+    config = defense_config(name, parameters, "defense")
+    return DEFENSES[name][0].defend(model, images, labels, config, generator=generator, augment=augment,
+                                    deadline=deadline)
