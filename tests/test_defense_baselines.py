@@ -174,6 +174,25 @@ def test_no_time_leaves_the_model_unrepaired(name):
     assert found.failed.startswith("no time to") and same(found.model, model) and not found.complete
 
 
+LONG = {"ft": {"epochs": 10**6, "batch": 6}, "fp": {"tuning": {"epochs": 10**6, "batch": 6}},
+        "anp": {"steps": 10**6, "batch": 6}, "ft-sam": {"epochs": 10**6, "batch": 6},
+        "nad": {"teacher": {"epochs": 99, "batch": 6}, "student": {"epochs": 10**6, "batch": 6}}}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_the_deadline_is_kept(name):
+    clock = Clock(0.0)
+
+    def slow(images, generator):
+        clock.seconds += 1  # each step
+        return images
+
+    found = defended(name, config=defense_config(name, LONG[name], "x"), augment=slow,
+                     deadline=Deadline(40.0, clock=clock))
+    assert not found.complete and found.finite and not found.failed and is_finite(found.model) and found.losses
+    assert 34 <= found.seconds == clock.seconds <= 40
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_wrong_labels_are_named(name, refuses):
     with refuses(r"labels: expected in \[0, 3\), as the model has classes, found 1 to 3"):
