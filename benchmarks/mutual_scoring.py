@@ -29,7 +29,7 @@ from submit.records import environment
 IMAGES, PATCHES, WIDTHS = (16, 64, 256), (256, 529, 1369), (384, 1024)
 PRECISIONS = ("float32", "half")
 QUERIES, RUNS = 2, 3    # of the published way; of a timing
-WHOLE = 2e12            # multiplications: larger sets are timed by their first rows
+WHOLE = 3e11            # multiplications: larger sets are timed by their first rows
 MEMORY_AT = (64, 529, 384)
 
 
