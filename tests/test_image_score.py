@@ -2,16 +2,16 @@
 import pytest
 import torch
 
-from anomaly.image_score import image_scores, score_maps
+from anomaly.image_score import two_highest, score_maps
 
 
 def test_the_two_highest_patches_count_three_to_one():
     scores = torch.tensor([[0.1, 0.8, 0.4], [0.5, 0.5, 0.0]])
-    torch.testing.assert_close(image_scores(scores), torch.tensor([0.75 * 0.8 + 0.25 * 0.4, 0.5]))
+    torch.testing.assert_close(two_highest(scores), torch.tensor([0.75 * 0.8 + 0.25 * 0.4, 0.5]))
 
 
 def test_an_image_of_one_patch_has_its_score():
-    torch.testing.assert_close(image_scores(torch.tensor([[0.3], [0.9]])), torch.tensor([0.3, 0.9]))
+    torch.testing.assert_close(two_highest(torch.tensor([[0.3], [0.9]])), torch.tensor([0.3, 0.9]))
 
 
 def by_hand(patch, size):
@@ -39,6 +39,6 @@ def test_maps_are_bilinear_with_corners_aligned(grid):
 
 def test_bad_shapes_are_refused(refuses):
     with refuses(r"^patch_scores.shape: expected \(N, L\) with L >= 1, found \(2, 0\)$"):
-        image_scores(torch.zeros(2, 0))
+        two_highest(torch.zeros(2, 0))
     with refuses(r"^patch_scores.shape: expected \(N, 6\), found \(2, 5\)$"):
         score_maps(torch.zeros(2, 5), (2, 3), 14)
