@@ -56,6 +56,7 @@ def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, 
     paths = list(paths)
     least = 1 if reference or earlier else 2
     expect(len(paths) >= least, "paths", f">= {least} image{'s' * (least > 1)} of a category", len(paths))
+    expect(len(earlier) in (0, len(nets.each)), "earlier", f"features of {len(nets.each)} nets", len(earlier))
     judged = category_features(reference, nets, config) if reference else (None,) * len(nets.each)
     judges = [Judges(*pair) for pair in zip(judged, earlier or (None,) * len(nets.each), strict=True)]
     groups = _groups(len(paths), nets, config, least)

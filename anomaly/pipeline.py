@@ -114,7 +114,8 @@ def feature_scores(features: Features, config: MuscConfig, *, tiles: Tiles | Non
 
 
 def aggregated(layer: Tensor, grid: tuple[int, int], degrees: Sequence[int], config: MuscConfig) -> Tensor:
-    """(N, L, D) features of neighbourhoods, of unit length, of one layer; SNAMD joins the degrees itself."""
+    """(N, L, D) float32 features of neighbourhoods, of unit length, of one layer; SNAMD joins the degrees itself."""
+    layer = layer.float()  # GPUs keep features in 16 bits, in which sums over an image would lose digits
     if config.aggregation == "snamd":
         return similarity_weighted_features(layer, grid, degrees)
     (degree,) = degrees

@@ -177,3 +177,12 @@ def test_settings_that_cannot_work_are_refused(refuses):
                              ({"windows": ()}, "windows: expected numbers of images from 1")):
         with refuses(f"^MuscConfig.{message}"):
             MuscConfig(**changes)
+
+
+def test_features_kept_in_16_bits_are_compared_in_32():
+    features = some_features()
+    half = Features(tuple(layer.half() for layer in features.layers), GRID, features.classes)
+    rounded = Features(tuple(layer.float() for layer in half.layers), GRID, features.classes)
+    found = feature_scores(half, EXACT)
+    assert found.scores.dtype == torch.float32
+    assert torch.equal(found.scores, feature_scores(rounded, EXACT).scores)

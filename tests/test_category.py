@@ -115,3 +115,6 @@ def test_too_few_images_are_refused(nets, files, refuses):
         score_category(files[:1], nets, EXACT)
     with refuses(r"^paths: expected >= 1 image of a category, found 0$"):
         score_category([], nets, EXACT, reference=files[:1])
+    earlier = category_features(files[:2], nets, EXACT)
+    with refuses(r"^earlier: expected features of 2 nets, found 1$"):
+        score_category(files, nets, EXACT, earlier=earlier[:1])
