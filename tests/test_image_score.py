@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from anomaly.image_score import two_highest, score_maps
+from anomaly.image_score import score_maps, two_highest
 
 
 def test_the_two_highest_patches_count_three_to_one():
