@@ -21,7 +21,7 @@ from anomaly.consistent import shared_defects
 from anomaly.foreground import hide_background, hides_background
 from anomaly.image_score import highest_of_map, score_maps, two_highest
 from anomaly.lnamd import neighbourhood_features
-from anomaly.mutual_scoring import Window, mutual_scores, nearest_distances, nearest_mean
+from anomaly.mutual_scoring import PRECISIONS, Window, mutual_scores, nearest_distances, nearest_mean
 from anomaly.rscin import smoothed_scores
 from anomaly.rscon import salient_features
 from anomaly.snamd import similarity_weighted_features
@@ -30,7 +30,7 @@ from data.anomaly_tree import SIDE
 from data.errors import expect
 
 ROUNDING = 1e-5  # distance of unit vectors from which two patches differ at all; nets answer twins within 1e-6
-CHOICES = {"aggregation": ("lnamd", "snamd"), "precision": ("auto", "float32", "half"),
+CHOICES = {"aggregation": ("lnamd", "snamd"), "precision": PRECISIONS,
            "smoothing": ("rscin", "rscon", "none"), "image_score": ("two_highest", "highest"),
            "maps": ("first", "mean"), "foreground": ("off", "on", "rule")}
 

@@ -5,11 +5,9 @@ The folder and the transform come with a model from strangers: labels may be mis
 from __future__ import annotations
 
 import copy
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import Compose, Normalize, Resize
 
-from data.errors import InputError, expect
-from data.images import list_images, read_rgb
+from data.errors import expect
+from data.given_transforms import seeded_transforms, transformed
+from data.images import list_images
 
 LIMIT = 512    # images read at most: at 128x128 pixels 100 MB
 UNKNOWN = -1   # label of an image whose name does not tell
@@ -135,33 +134,14 @@ def read_transformed(paths: Sequence[Path], transformation: Callable, *, size: i
     """(N, channels, H, W) float32: each image read as RGB and transformed once; `read_clean_images` says more."""
     if size is not None:
         transformation = with_size(transformation, size)
-    seed = int(torch.randint(1 << 31, (), generator=generator))
-    with _seeded(seed):
+    with seeded_transforms(generator=generator):
         tensors = [_transformed(path, transformation) for path in paths]
     return _stacked([fit_channels(tensor, channels, path) for path, tensor in zip(paths, tensors, strict=True)])
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A given transform may be random; torchvision's draw from the global generators of torch and of Python."""
-    before = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(before)
-
-
 def _transformed(path: Path, transformation: Callable) -> Tensor:
-    """(C, H, W) float32. A given transform may fail in any way; it comes from a stranger."""
-    image = read_rgb(path)
-    try:
-        tensor = transformation(image)
-    except Exception as error:
-        raise InputError(f"{path}: expected a transform that takes this image, "
-                         f"found {type(error).__name__}: {error}") from None
+    """(C, H, W) float32."""
+    tensor = transformed(path, transformation)
     wanted = "a transform that gives a (C, H, W) tensor"
     expect(isinstance(tensor, Tensor), path, wanted, type(tensor).__name__)
     expect(tensor.ndim == 3 and tensor.numel() > 0, path, wanted, f"shape {tuple(tensor.shape)}")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from anomaly.backbone import EMBEDDED, INTERPOLATION, Features, extract, load_backbone, random_backbone
-from anomaly.category import random_groups, tiles_of
+from anomaly.backbone import EMBEDDED, Features, extract, load_backbone, random_backbone
+from anomaly.category import Nets, category_features, random_groups, tiles_of
 from anomaly.foreground import background
 from anomaly.gabor_features import gabor_energies
 from anomaly.pipeline import MuscConfig, PatchScores, category_scores, feature_scores
@@ -102,22 +102,15 @@ def metrics(category: Category, truth: tuple, features: Features, config: MuscCo
             "score": round(100 * weighted_score(values, names), 2), "seconds": round(seconds, 2)}
 
 
-def embedded_features(images: list, larger: bool) -> dict[str, tuple[Features, Tiles | None]]:
+def embedded_features(paths: list[Path], larger: bool) -> dict[str, tuple[Features, Tiles | None]]:
     """The embedded net's features of the images as shipped, at larger inputs and of tiles; by name of the variant."""
     config = load_backbone(EMBEDDED).config
-    found = {}
-    for name, size in ({"": config.size} | (INPUTS if larger else {})).items():
-        net = load_backbone(EMBEDDED, replace(config, size=size))
-        found[name] = extract(net, images), None
+    inputs = {"": config.size} | (INPUTS if larger else {})
+    ways = {name: (load_backbone(EMBEDDED, replace(config, size=size)), CONFIG) for name, size in inputs.items()}
     if larger:
-        net = load_backbone(EMBEDDED)
-        tiles = tiles_of(net, MuscConfig(tiles=2))
-        cut = tiles.cut(torch.stack([to_uint8(image.resize(tiles.canvas[::-1], INTERPOLATION[config.interpolation]))
-                                     for image in images]))
-        found["tiles 2 x 2"] = extract(net, cut), tiles
-    if not config.class_features:
-        found = {name: (replace(features, classes=None), tiles) for name, (features, tiles) in found.items()}
-    return found
+        ways["tiles 2 x 2"] = load_backbone(EMBEDDED), replace(CONFIG, tiles=2)
+    return {name: (category_features(paths, Nets(net, net), way)[0], tiles_of(net, way) if way.tiles > 1 else None)
+            for name, (net, way) in ways.items()}
 
 
 def compare(root: Path, wanted: dict[str, MuscConfig], prefix: str = "", *, larger: bool = True) -> dict:
@@ -129,7 +122,7 @@ def compare(root: Path, wanted: dict[str, MuscConfig], prefix: str = "", *, larg
         truth = image_truth(category).numpy(), pixel_truth(category).numpy()[:, 0] if category.has_masks else None
         rows = {"filter bank": metrics(category, truth, gabor(images), CONFIG, small),
                 "random net": metrics(category, truth, extract(untrained, images), CONFIG, small)}
-        for name, (features, tiles) in embedded_features(images, larger).items():
+        for name, (features, tiles) in embedded_features([i.path for i in category.images], larger).items():
             kept: dict = {}
             for variant, config in (wanted if not name else {name: CONFIG}).items():
                 rows[variant] = metrics(category, truth, features, config, small, tiles, kept)

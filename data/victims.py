@@ -14,8 +14,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
+from data.augmentation import shifted
 from data.errors import expect
 from data.image_sets import ImageSet
 from data.preact_resnet import new_model
@@ -126,17 +127,7 @@ def hardened(model: nn.Module, images: Tensor, labels: Tensor, config: VictimCon
 
 def augment(images: Tensor, config: VictimConfig, *, generator: torch.Generator) -> Tensor:
     """(B, C, H, W) uint8, each image shifted by up to `crop` pixels (black comes in) and perhaps mirrored."""
-    count, _, height, width = images.shape
-    draws = torch.randint(0, 2 * config.crop + 1, (2, count, 1), generator=generator).to(images.device)
-    rows = draws[0] + torch.arange(height, device=images.device)     # (B, H)
-    columns = draws[1] + torch.arange(width, device=images.device)   # (B, W)
-    if config.flip:
-        mirrored = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = pad(images, (config.crop,) * 4)
-    at = torch.arange(count, device=images.device)[:, None, None]
-    shifted = padded[at, :, rows[:, :, None], columns[:, None, :]]   # (B, H, W, C)
-    return shifted.permute(0, 3, 1, 2)
+    return shifted(images, config.crop, mirror=config.flip, border="constant", generator=generator)
 
 
 def normalise(images: Tensor, config: VictimConfig) -> Tensor:

@@ -1,16 +1,14 @@
 """The clean images of the backdoor task as tensors: a folder of `{index}_{label}.jpg` and a given transform."""
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.errors import InputError, expect
-from data.images import read_rgb
+from data.errors import expect
+from data.given_transforms import seeded_transforms, transformed
 from data.model_zoo import labelled_images
 
 
@@ -24,7 +22,7 @@ def read_labelled(folder: Path | str, transformation: Callable, num_classes: int
     folder = Path(folder)
     expect(folder.is_dir(), folder, "a folder of clean images", "no such folder")
     files = labelled_images(folder, num_classes)
-    with _seeded(int(torch.randint(1 << 31, (), generator=generator))):
+    with seeded_transforms(generator=generator):
         tensors = [_transformed(path, transformation) for path, _ in files]
     for (path, _), tensor in zip(files, tensors, strict=True):
         expect(tensor.shape == tensors[0].shape, path, f"the shape {tuple(tensors[0].shape)} of {files[0][0].name}",
@@ -32,26 +30,8 @@ def read_labelled(folder: Path | str, transformation: Callable, num_classes: int
     return torch.stack(tensors), torch.tensor([label for _, label in files])
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A given transform may be random; torchvision's draw from the global generators of torch and of Python."""
-    before = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(before)
-
-
 def _transformed(path: Path, transformation: Callable) -> Tensor:
-    image = read_rgb(path)
-    try:
-        tensor = transformation(image)
-    except Exception as error:  # it comes from a stranger and may fail in any way
-        raise InputError(f"{path}: expected a transform that takes this image, "
-                         f"found {type(error).__name__}: {error}") from None
+    tensor = transformed(path, transformation)
     right = isinstance(tensor, Tensor) and tensor.ndim == 3 and tensor.is_floating_point()
     found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
     expect(right, path, "a transform that gives a (C, H, W) tensor of floating point", found)

@@ -9,9 +9,9 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from data.augmentation import shifted
 from data.errors import expect
 from defense.deadline import Deadline
 from defense.given import evaluation
@@ -169,13 +169,4 @@ class Shift:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) to the same; drawn on the CPU, so that every device draws the same."""
-        count, _, height, width = images.shape
-        draws = torch.randint(0, 2 * self.pixels + 1, (2, count, 1), generator=generator).to(images.device)
-        rows = draws[0] + torch.arange(height, device=images.device)    # (B, H)
-        columns = draws[1] + torch.arange(width, device=images.device)  # (B, W)
-        if self.mirror:
-            mirrored = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
-            columns = torch.where(mirrored, columns.flip(1), columns)
-        padded = pad(images, (self.pixels,) * 4, mode="replicate")
-        at = torch.arange(count, device=images.device)[:, None, None]
-        return padded[at, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+        return shifted(images, self.pixels, mirror=self.mirror, border="replicate", generator=generator)

@@ -24,6 +24,7 @@ from defense.fine_tuning import FineTuningConfig
 from defense.neuron_ratio import RatioConfig, split_clean
 from defense.sharpness_tuning import SharpnessTuningConfig, steepest
 from defense.training import Shift, Training, epoch_batches
+from tests.defense_doubles import Clock, nan_from
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()  # rounding would grow by steps
 LABELS = torch.arange(12) % 3
@@ -85,28 +86,6 @@ def started(seed=0):
     generator = drawn(seed)
     torch.randint(1 << 31, (), generator=generator)
     return generator
-
-
-def nan_from(call):
-    """An augmentation whose calls from the given one on spoil the images."""
-    calls = []
-
-    def spoil(images, generator):
-        calls.append(1)
-        return images * float("nan") if len(calls) >= call else images
-
-    return spoil
-
-
-class Clock:
-    """Each look at it takes `step` seconds."""
-
-    def __init__(self, step):
-        self.seconds, self.step = 0.0, step
-
-    def __call__(self):
-        self.seconds += self.step
-        return self.seconds
 
 
 class Descent:

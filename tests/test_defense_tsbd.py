@@ -15,6 +15,7 @@ from defense.neuron_ratio import RatioConfig, allowance, largest_bearable, split
 from defense.training import Shift
 from defense.tsbd import TSBDConfig, defend
 from defense.unlearning import UnlearningConfig
+from tests.defense_doubles import Clock, nan_from
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 3
@@ -42,28 +43,6 @@ def same(a, b):
 
 def is_finite(model):
     return all(t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point())
-
-
-def nan_from(call):
-    """An augmentation whose calls from the given one on spoil the images."""
-    calls = []
-
-    def spoil(images, generator):
-        calls.append(1)
-        return images * float("nan") if len(calls) >= call else images
-
-    return spoil
-
-
-class Clock:
-    """Each look at it takes `step` seconds."""
-
-    def __init__(self, step):
-        self.seconds, self.step = 0.0, step
-
-    def __call__(self):
-        self.seconds += self.step
-        return self.seconds
 
 
 def a_vit():
