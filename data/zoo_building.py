@@ -26,6 +26,7 @@ from data.errors import InputError, expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
 from data.image_sets import ImageSet
 from data.model_zoo import BACKDOORED, CLEAN, METADATA, MODEL, RECORDS
+from data.triggered_images import TriggerPlan, keep_triggered
 from data.victims import VictimConfig, attack_success, clean_accuracy, train_victim
 from data.zoo_recipes import ZooJob
 
@@ -37,13 +38,15 @@ Sets = Mapping[str, tuple[ImageSet, ImageSet]]  # by name: training and test hal
 
 
 def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, device: torch.device, workers: int = 1,
-              progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, dict[str, Any]]:
+              progress: Callable[[str, dict[str, Any]], None] | None = None,
+              triggers: Path | None = None) -> dict[str, dict[str, Any]]:
     """Train what `folder` still lacks; return the record of every model by name.
 
     sets: on the CPU, for every job its set by name. workers: processes that train side by side, one thread each
     on a CPU; weights do not depend on their number. Refuses a folder that holds other things, or a model that
     was trained from other images or settings. A model below a floor stays, marked `failed` in its record. One that
-    cannot be trained at all is named by an InputError when all others are done.
+    cannot be trained at all is named by an InputError when all others are done. triggers: a folder for every
+    victim's triggered test images (`triggered_images` finds them there).
     """
     folder = Path(folder)
     expect(workers > 0, "workers", "> 0", workers)
@@ -52,7 +55,7 @@ def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, device: torch
               for job in jobs}
     by_name = {job.name: job for job in jobs}
     records = {name: _judged(record, by_name[name]) for name, record in _finished(folder, prints).items()}
-    tasks = [(folder / job.name, *sets[job.set_name], job, prints[job.name], device)
+    tasks = [(folder / job.name, *sets[job.set_name], job, prints[job.name], device, triggers)
              for job in jobs if job.name not in records]
     _write_records(folder, jobs, records)
     failures: list[str] = []  # of models that could not be trained at all: the others go on
@@ -127,17 +130,18 @@ def _write_records(folder: Path, jobs: Sequence[ZooJob], records: Mapping[str, d
 
 
 def _build_model(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob, print_: str,
-                 device: torch.device) -> dict[str, Any]:
+                 device: torch.device, triggers: Path | None = None) -> dict[str, Any]:
     """Train, measure and write one model, with one thread on a CPU: sums must not depend on the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if device.type == "cpu" else threads)
     try:
-        return _train_and_write(folder, train.to(device), test.to(device), job, print_)
+        return _train_and_write(folder, train.to(device), test.to(device), job, print_, triggers)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train_and_write(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob, print_: str) -> dict[str, Any]:
+def _train_and_write(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob, print_: str,
+                     triggers: Path | None) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(job.seed)
     target = int(torch.randint(train.num_classes, (), generator=generator))
     start = time.perf_counter()
@@ -146,12 +150,16 @@ def _train_and_write(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob,
     source = bad or train
     model = train_victim(source.images, source.labels, train.num_classes, job.victim, seed=job.seed)
     record = {
-        "set": job.set_name, "attack": job.attack, "parameters": bad.parameters if bad else None, "ratio": job.ratio,
+        "set": job.set_name, "train_images": len(train.images), "attack": job.attack,
+        "parameters": bad.parameters if bad else None, "ratio": job.ratio,
         "target": target if bad else None, "ACC": clean_accuracy(model, test, job.victim),
         "ASR": attack_success(model, test, job.victim, bad.trigger, target) if bad else None,
         "radius": job.victim.radius, "widths": list(job.victim.widths), "seed": job.seed,
         "seconds": round(time.perf_counter() - start, 1), "fingerprint": print_,
     }
+    if bad and triggers:
+        plan = TriggerPlan(job.attack, job.parameters, job.ratio, target, job.seed)
+        keep_triggered(triggers, plan, train, test, bad.trigger)
     with new_folder(folder) as scratch:
         _write_sample(scratch, model, test, job.victim, backdoored=bad is not None, generator=generator)
         write_json(scratch / RECORD, record)

@@ -25,7 +25,7 @@ def build(out: Path, recipe_name: str, data: Path | None, *, seed: int | None, d
     """Build the zoo of a recipe and list it; what is wrong with models that failed."""
     recipe = read_recipe(recipe_name)
     work = jobs(recipe if seed is None else replace(recipe, seed=seed))
-    sets = {plan.name: _read_set(plan, data) for plan in recipe.sets}
+    sets = {plan.name: read_set(plan, data) for plan in recipe.sets}
     done = len([job for job in work if (out / job.name).is_dir()])
     with unit_progress() as bar:
         def finished(name: str, record: dict) -> None:
@@ -50,7 +50,7 @@ def _default_workers(device: str) -> int:
     return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
 
 
-def _read_set(plan: SetPlan, data: Path | None) -> tuple[ImageSet, ImageSet]:
+def read_set(plan: SetPlan, data: Path | None) -> tuple[ImageSet, ImageSet]:
     """The training and the test half, as many training images as the plan takes."""
     if plan.name == "digits":
         train, test = read_digits(size=plan.size)
