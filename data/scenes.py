@@ -46,6 +46,10 @@ class Part:
     patterns: tuple[str, ...]  # kinds of ground
     looks: int = _LOOKS        # drawings of each name
 
+    @property
+    def first_look(self) -> int:
+        return self.index * _LOOKS
+
 
 TRAINING = Part(0, False, ("plain", "slope", "stripes", "checks"), looks=48)  # few enough to stay in memory
 VALIDATION = Part(1, False, ("plain", "slope", "stripes", "checks"))
@@ -98,7 +102,7 @@ def make_family(part: Part, contents: tuple[int, int], *, rng: np.random.Generat
     ground = (part.patterns[rng.integers(len(part.patterns))], int(part.index * 2**32 + rng.integers(2**32)))
     cells = rng.permutation(LATTICE**2)[:len(kept) + 2].tolist()
     shifts = [tuple(s) for s in rng.integers(0, CELL - SPRITE + 1, (len(cells), 2)).tolist()]
-    looks = iter((part.index * _LOOKS + rng.integers(part.looks, size=len(kept) + sum(contents))).tolist())
+    looks = iter((part.first_look + rng.integers(part.looks, size=len(kept) + sum(contents))).tolist())
     stay = [Placed(name, cell, shift, next(looks)) for name, cell, shift in zip(kept, cells, shifts, strict=False)]
     one = [name and Placed(name, cells[-2], shifts[-2], next(looks)) for name in first]
     two = [name and Placed(name, cells[-1], shifts[-1], next(looks)) for name in second]
