@@ -16,6 +16,7 @@ from defense import (
     channel_lipschitz,
     fine_pruning,
     fine_tuning,
+    implicit_unlearning,
     sharpness_tuning,
     tsbd,
 )
@@ -31,6 +32,7 @@ DEFENSES: dict[str, tuple[ModuleType, type]] = {
     "anp": (adversarial_pruning, adversarial_pruning.AdversarialPruningConfig),
     "nad": (attention_distillation, attention_distillation.AttentionDistillationConfig),
     "ft-sam": (sharpness_tuning, sharpness_tuning.SharpnessTuningConfig),
+    "i-bau": (implicit_unlearning, implicit_unlearning.ImplicitUnlearningConfig),
 }
 
 

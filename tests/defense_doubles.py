@@ -1,4 +1,56 @@
-"""What the tests of the defenses share: an augmentation that spoils images, and a clock that moves when looked at."""
+"""What the tests of the defenses share: a small model and its images, an augmentation that spoils images, and a clock
+that moves when looked at."""
+import torch
+from torch import nn
+
+from data.preact_resnet import new_model
+from defense.training import epoch_batches
+
+IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()  # rounding would grow by steps
+LABELS = torch.arange(12) % 3
+
+
+def drawn(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def a_model(seed=0):
+    """Its batch norms are not as they start, so that each channel weighs differently."""
+    model = new_model(3, (2, 2, 4, 4), 3, seed=seed).double().eval()
+    generator = drawn(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.2)
+    return model
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def assert_close(a, b):
+    for (name, one), other in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        if one.is_floating_point():
+            torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def is_finite(model):
+    return all(t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point())
+
+
+def batches(epochs, batch, generator):
+    """Per epoch, the batches that a run with this generator trains on, drawn one epoch at a time."""
+    for _ in range(epochs):
+        yield [(IMAGES[i], LABELS[i]) for i in epoch_batches(len(IMAGES), batch, generator=generator)]
+
+
+def started(seed=0):
+    """The generator after what `run_baseline` draws before the method begins."""
+    generator = drawn(seed)
+    torch.randint(1 << 31, (), generator=generator)
+    return generator
 
 
 def nan_from(call):

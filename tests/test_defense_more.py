@@ -1,0 +1,236 @@
+"""The later defenses, each against a plain rewriting of what it says; what all of them owe is asked of all."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.functional import jacobian
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torchvision.models import VisionTransformer
+
+from defense.baseline import clean_accuracy
+from defense.deadline import Deadline
+from defense.defenses import DEFENSES, defense_config
+from defense.implicit_unlearning import ImplicitUnlearningConfig, hypergradient
+from defense.training import Shift, epoch_batches
+from tests.defense_doubles import (
+    IMAGES,
+    LABELS,
+    Clock,
+    a_model,
+    assert_close,
+    drawn,
+    is_finite,
+    nan_from,
+    same,
+    started,
+)
+
+QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.01)}
+SLOW = {"i-bau": {"rounds": 10**6, "batch": 6}}  # what outlasts any deadline
+
+
+def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
+    return DEFENSES[name][0].defend(a_model() if model is None else model, images, labels, config or QUICK[name],
+                                    generator=drawn(seed), **more)
+
+
+def a_transformer():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16,
+                                  num_classes=3).double().eval()
+        nn.init.normal_(model.heads.head.weight)  # zero at first
+    return model
+
+
+# --- what every defense owes -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_given_model_stays_and_seeds_decide(name):
+    model = a_model().float()
+    frozen = next(model.parameters()).requires_grad_(False)
+    model.layer1.train()
+    before, generators = copy.deepcopy(model), torch.get_rng_state()
+    with torch.no_grad():
+        found = defended(name, model, augment=Shift(1))
+    again = defended(name, model, augment=Shift(1))
+    assert same(model, before) and torch.equal(torch.get_rng_state(), generators) and not frozen.requires_grad
+    assert found.method == name and found.finite and found.complete and not found.failed
+    assert same(found.model, again.model) and found.losses == again.losses
+    assert is_finite(found.model) and not same(found.model, before)
+    assert not next(found.model.parameters()).requires_grad and found.model.layer1.training
+    assert not found.model.training and not found.model.layer2.training
+    assert not any(module._forward_hooks for net in (model, found.model) for module in net.modules())
+    assert found.record()["clean_accuracy_repaired"] == clean_accuracy(found.model, IMAGES.float(), LABELS)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_half_precision_and_a_missing_class_work(name):
+    images, labels = IMAGES.half()[:8], LABELS[:8] % 2
+    half = defended(name, a_model().half(), images=images, labels=labels)
+    whole = defended(name, a_model().half().float(), images=images.float(), labels=labels)
+    assert half.model.conv1.weight.dtype == torch.float16 and half.details["missing_classes"] == [2]
+    assert half.failed == whole.failed == "" and same(half.model, whole.model.half())  # work is done in float32
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_no_number_and_no_time_leave_the_model_unrepaired(name):
+    model = a_model()
+    found = defended(name, model, augment=nan_from(1))
+    assert found.failed.startswith("no finite epoch of") and same(found.model, model) and not found.finite
+    late = defended(name, model, deadline=Deadline(1.0, clock=Clock(2.0)))
+    assert late.failed.startswith("no time to") and same(late.model, model) and not late.complete and late.finite
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_deadline_is_kept(name):
+    clock = Clock(0.0)
+
+    def slow(images, generator):
+        clock.seconds += 1
+        return images
+
+    found = defended(name, config=defense_config(name, SLOW[name], "x"), augment=slow,
+                     deadline=Deadline(40.0, clock=clock))
+    assert not found.complete and found.finite and not found.failed and is_finite(found.model) and found.losses
+    assert 20 <= found.seconds == clock.seconds <= 40
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_model_without_batch_norm(name):
+    model = a_transformer()
+    found = defended(name, model)
+    assert found.finite and found.complete and not found.failed and not same(found.model, model)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_wrong_labels_are_named(name, refuses):
+    with refuses(r"labels: expected in \[0, 3\), as the model has classes, found 1 to 3"):
+        defended(name, labels=LABELS + 1)
+
+
+def test_every_defense_has_its_name_and_defaults():
+    assert list(DEFENSES)[7:] == ["i-bau"]
+    for name in list(DEFENSES)[7:]:
+        assert defense_config(name, {}, "x") == DEFENSES[name][1]()
+
+
+class Adam:
+    """Written out; the rate may differ from step to step."""
+
+    def __init__(self, parameters, rate):
+        self.parameters, self.rate, self.steps = list(parameters), rate, 0
+        self.means = [torch.zeros_like(p) for p in self.parameters]
+        self.squares = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients):
+        self.steps += 1
+        for i, (p, g) in enumerate(zip(self.parameters, gradients, strict=True)):
+            self.means[i] = 0.9 * self.means[i] + 0.1 * g
+            self.squares[i] = 0.999 * self.squares[i] + 0.001 * g * g
+            mean, square = self.means[i] / (1 - 0.9**self.steps), self.squares[i] / (1 - 0.999**self.steps)
+            p -= self.rate * mean / (square.sqrt() + 1e-8)
+
+
+# --- i-BAU -----------------------------------------------------------------------------------------------------
+
+def test_the_hypergradient_of_quadratics_is_that_of_the_solution():
+    """inner = d'Ad / 2 - d'Bw is least at d(w) = inverse(A) Bw; outer(d(w), w) is then a plain function of w."""
+    root, b, c = (torch.randn(3, 3, generator=drawn(i), dtype=torch.float64) for i in range(3))
+    a = root @ root.T + torch.eye(3)
+    w = torch.randn(3, generator=drawn(3), dtype=torch.float64).requires_grad_()
+
+    def outer(d):
+        return (c @ d - w).square().sum() + (d * w).sum()
+
+    (explicit,) = torch.autograd.grad(outer(torch.linalg.solve(a, b @ w)), w)
+    solution = torch.linalg.solve(a, b @ w).detach()
+    loss, (found,) = hypergradient(outer, lambda d: d @ a @ d / 2 - d @ (b @ w), solution, [w], rate=0.1,
+                                   iterations=2000)
+    torch.testing.assert_close(found, explicit)
+    assert loss == outer(solution) and not loss.requires_grad
+    _, (one,) = hypergradient(outer, lambda d: d @ a @ d / 2 - d @ (b @ w), solution, [w], rate=0.1, iterations=1)
+    g, direct = torch.autograd.grad(outer(solution.requires_grad_()), [solution, w])
+    torch.testing.assert_close(one, direct + 0.1 * b.T @ g)  # the step moves by 0.1 Bw
+
+
+def test_what_is_not_used_has_no_hypergradient():
+    d, w, idle = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    _, (found, none) = hypergradient(lambda d: (d * w).sum(), lambda d: d @ d, d, [w, idle], rate=0.1, iterations=3)
+    assert none is None and found.tolist() == [1, 1]
+    _, (found,) = hypergradient(lambda d: w.sum(), lambda d: d @ d - d @ w, d, [w], rate=0.1, iterations=3)
+    assert found.tolist() == [1, 1]  # the outer loss does not see the perturbation
+
+
+def a_smooth_model():
+    """Small enough for whole matrices of derivatives, its curvature nowhere zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(),
+                              nn.Linear(3, 3)).double().eval()
+    model[2].running_mean += 0.1
+    return model
+
+
+def implicit_by_hand(model, config, generator):
+    """With the whole matrices of derivatives: of the step, in the perturbation and in every weight."""
+    adam, losses, first = Adam(model.parameters(), config.rate), [], None
+    names = [name for name, _ in model.named_parameters()]
+    for _ in range(config.rounds):
+        losses.append(0)
+        epoch = epoch_batches(12, config.batch, generator=generator)
+        for number, index in enumerate(epoch):
+            images, labels = IMAGES[index], LABELS[index]
+            if number == 0:
+                delta = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+                for part in epoch_batches(12, config.batch, generator=generator):
+                    delta.requires_grad_()
+                    loss = cross_entropy(model(IMAGES[part] + delta), model(IMAGES[part]).argmax(1))
+                    (slope,) = torch.autograd.grad(config.penalty * delta.pow(2).sum() - loss, delta)
+                    delta = (delta - config.climb * slope).detach()
+            first = first or (images, labels)
+            carried = torch.randperm(len(images), generator=generator)[:max(1, int(config.share * len(images)))]
+
+            def outer(d, *weights, images=images, labels=labels, carried=carried):
+                patched = images.clone()
+                patched[carried] += d
+                state = dict(zip(names, weights, strict=True))
+                return cross_entropy(functional_call(model, state, (patched,)), labels)
+
+            def slope_at(d, *weights, first=first):
+                state = dict(zip(names, weights, strict=True))
+                loss = cross_entropy(functional_call(model, state, (first[0] + d,)), first[1])
+                return torch.autograd.grad(config.penalty * d.pow(2).sum() - loss, d, create_graph=True)[0]
+
+            weights = tuple(p.detach().clone().requires_grad_() for p in model.parameters())
+            d = delta.clone().requires_grad_()
+            loss = outer(d, *weights)
+            g, *direct = torch.autograd.grad(loss, [d, *weights])
+            curvature, *mixed = jacobian(slope_at, (d, *weights))
+            step = torch.eye(d.numel()) - config.inner_rate * curvature.reshape(d.numel(), d.numel())
+            v = sum(torch.matrix_power(step.T, k) @ g.flatten() for k in range(config.iterations))
+            adam.step([a - config.inner_rate * (v @ m.reshape(d.numel(), -1)).view_as(a)
+                       for a, m in zip(direct, mixed, strict=True)])
+            losses[-1] += loss.item() / len(epoch)
+    return losses
+
+
+@pytest.mark.parametrize("config", [QUICK["i-bau"], ImplicitUnlearningConfig(
+    rounds=1, batch=4, rate=0.1, climb=3.0, penalty=0.1, share=0.6, iterations=2, inner_rate=0.5)])
+def test_implicit_unlearning_agrees_with_whole_matrices(config):
+    found, plain = defended("i-bau", a_smooth_model(), config), a_smooth_model()
+    losses = implicit_by_hand(plain, config, started())
+    assert_close(found.model, plain)
+    assert found.losses == pytest.approx(losses)
+
+
+def test_bad_settings_of_implicit_unlearning_are_named(refuses):
+    for message, settings in [
+            (r" rounds, batch, iterations: expected > 0, > 1, > 0, found \(5, 256, 0\)", {"iterations": 0}),
+            (r" rate, climb, inner_rate: expected > 0, found \(0.0001, 0, 0.1\)", {"climb": 0}),
+            (r" penalty, share: expected >= 0, in \(0, 1\], found \(0.001, 2\)", {"share": 2})]:
+        with refuses("ImplicitUnlearningConfig" + message):
+            ImplicitUnlearningConfig(**settings)
