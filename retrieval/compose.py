@@ -35,16 +35,3 @@ def compose(queries: Tensor, added: Sequence[Sequence[str]], removed: Sequence[S
     which = torch.tensor([distinct[name] for _, name, _ in signed], device=queries.device)
     signs = torch.tensor([sign for _, _, sign in signed], device=queries.device, dtype=queries.dtype)
     return normalize(queries.index_add(0, rows, texts[which] * signs[:, None]), dim=-1)
-
-
-def nearest(queries: Tensor, gallery: Tensor, *, block: int = 1024) -> Tensor:
-    """Index into the gallery of the highest cosine for each query: (Q,) int64; among equals the lowest index.
-
-    queries (Q, D), gallery (G, D), any lengths; `block` queries at a time, so memory stays at block x G.
-    """
-    expect(len(gallery) > 0, "gallery", "at least one image", "none")
-    gallery = normalize(gallery, dim=-1)
-    found = []
-    for part in queries.split(block):
-        found.append((normalize(part, dim=-1) @ gallery.T).argmax(dim=1))  # (block, G); the first of equals
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=queries.device)

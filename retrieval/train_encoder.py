@@ -35,8 +35,9 @@ from data.scenes import (
     request_texts,
     retrieval_triplets,
 )
-from retrieval.compose import PROMPT, compose, nearest
+from retrieval.compose import PROMPT, compose
 from retrieval.encoder import EMBEDDED, Encoder, build_model, normalised
+from retrieval.gallery import nearest
 from retrieval.parser import parse
 from retrieval.small_trunk import NAME
 from retrieval.vocabulary import Vocabulary, pieces_used

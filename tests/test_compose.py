@@ -1,9 +1,9 @@
-"""Embedding arithmetic and nearest neighbours, against plain loops."""
+"""Embedding arithmetic, against plain loops."""
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from retrieval.compose import PROMPT, compose, nearest
+from retrieval.compose import PROMPT, compose
 
 ADDED = [("cat",), (), ("cat", "red mug", "cat"), (), ("boat",)]
 REMOVED = [("red mug",), (), ("boat",), ("cat", "boat"), ()]
@@ -72,28 +72,3 @@ def test_compose_leaves_its_input_alone():
 def test_names_and_queries_must_match_in_number(refuses, side, added, removed):
     with refuses(f"{side}: expected 2 tuples of names, one a query, found 1"):
         compose(randn(2, 6), added, removed, Texts())
-
-
-@pytest.mark.parametrize("block", [1, 3, 100])
-def test_nearest_agrees_with_the_full_matrix_and_lengths_do_not_matter(block):
-    queries, gallery = randn(7, 5) - 1, randn(11, 5, seed=1)
-    lengths = torch.rand(11, 1, generator=torch.Generator().manual_seed(2)) + 0.1
-    cosines = torch.nn.functional.cosine_similarity(queries[:, None], gallery[None], dim=-1)
-    slow = torch.tensor([max(range(11), key=lambda g, row=row: row[g].item()) for row in cosines])
-    assert torch.equal(nearest(queries * 3, gallery * lengths, block=block), slow)
-
-
-def test_all_cosines_negative_still_find_the_least_bad():
-    gallery = torch.tensor([[-1.0, 0.0], [-1.0, 1.0]])
-    assert nearest(torch.tensor([[1.0, 0.0]]), gallery).tolist() == [1]
-
-
-def test_among_equals_the_lowest_index_wins():
-    gallery = torch.eye(4)[[2, 1, 1, 2, 1]]
-    assert nearest(torch.eye(4)[[1, 2, 0]], gallery).tolist() == [1, 0, 0]  # the last: all cosines are 0
-
-
-def test_no_queries_give_no_answers_and_an_empty_gallery_is_refused(refuses):
-    assert nearest(torch.zeros(0, 4), torch.eye(4)).tolist() == []
-    with refuses("gallery: expected at least one image, found none"):
-        nearest(torch.eye(4), torch.zeros(0, 4))
