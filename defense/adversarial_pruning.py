@@ -13,7 +13,7 @@ where a model has no batch norm.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ from defense.training import (
     training_mode,
 )
 
+MaskLoss = Callable[[nn.ParameterList, Tensor, Tensor], Tensor]  # of the masks on a batch and its labels
 LEARNING_SHARE = 0.9  # of the time there is, at most; the rest is for the thresholds
 
 
@@ -128,25 +129,40 @@ def learn_masks(model: nn.Module, given: Training,
     The weights and statistics of `model` stay; it ends in training mode.
     """
     norms = masked_norms(model)
+
+    def loss(masks: nn.ParameterList, images: Tensor, labels: Tensor) -> Tensor:
+        noise = _climbed(model, norms, masks, images, labels, given.generator, config)
+        clean = config.clean * masked_loss(model, norms, masks, None, images, labels)
+        return clean + (1 - config.clean) * masked_loss(model, norms, masks, noise, images, labels)
+
+    return tuned_masks(model, norms, given, loss, rate=config.rate, momentum=config.momentum,
+                       epochs=-(-config.steps // batch_count(len(given.images), config.batch)), batch=config.batch,
+                       statistics=config.statistics)
+
+
+def tuned_masks(model: nn.Module, norms: Mapping[str, nn.Module], given: Training, loss: MaskLoss, *,
+                rate: float, momentum: float, epochs: int, batch: int,
+                statistics: str) -> tuple[dict[str, Tensor], Epochs]:
+    """(masks, from ones, in [0, 1], by name of the norm; how it went): SGD on the masks of `norms` down `loss`.
+
+    The weights and statistics of `model` stay; it ends in training mode.
+    """
     masks = nn.ParameterList(torch.ones_like(norm.weight) for norm in norms.values())
-    optimiser = torch.optim.SGD(masks.parameters(), config.rate, config.momentum)
+    optimiser = torch.optim.SGD(masks.parameters(), rate, momentum)
 
     def descend(images: Tensor, labels: Tensor) -> Tensor:
-        noise = _climbed(model, norms, masks, images, labels, given.generator, config)
-        loss = config.clean * _loss(model, norms, masks, None, images, labels)
-        loss = loss + (1 - config.clean) * _loss(model, norms, masks, noise, images, labels)
-        for mask, gradient in zip(masks, torch.autograd.grad(loss, list(masks)), strict=True):
+        value = loss(masks, images, labels)
+        for mask, gradient in zip(masks, torch.autograd.grad(value, list(masks)), strict=True):
             mask.grad = gradient
         optimiser.step()
         with torch.no_grad():
             for mask in masks:
                 mask.clamp_(0, 1)
-        return loss.detach()
+        return value.detach()
 
-    training_mode(model, config.statistics)
-    epochs = -(-config.steps // batch_count(len(given.images), config.batch))
+    training_mode(model, statistics)
     with statistics_kept(model):
-        found = run_epochs(masks, given, descend, epochs=epochs, batch=config.batch)
+        found = run_epochs(masks, given, descend, epochs=epochs, batch=batch)
     return {name: mask.detach() for name, mask in zip(norms, masks, strict=True)}, found
 
 
@@ -159,14 +175,14 @@ def _climbed(model: nn.Module, norms: Mapping[str, nn.Module], masks: nn.Paramet
              for p in places]
     for _ in range(config.climbs):
         noise = [part.requires_grad_() for part in noise]
-        gradients = torch.autograd.grad(_loss(model, norms, fixed, noise, images, labels), noise)
+        gradients = torch.autograd.grad(masked_loss(model, norms, fixed, noise, images, labels), noise)
         noise = [part.detach() + config.noise / config.climbs * gradient.sign()
                  for part, gradient in zip(noise, gradients, strict=True)]  # may leave +- `noise`, as published
     return noise
 
 
-def _loss(model: nn.Module, norms: Mapping[str, nn.Module], masks: nn.ParameterList | list[Tensor],
-          noise: list[Tensor] | None, images: Tensor, labels: Tensor) -> Tensor:
+def masked_loss(model: nn.Module, norms: Mapping[str, nn.Module], masks: nn.ParameterList | list[Tensor],
+                noise: list[Tensor] | None, images: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with weights * (mask + noise) and biases * (1 + noise) in the norms."""
     parts = iter(noise or [])
     changed = {f"{name}.weight": norm.weight.detach() * (mask + next(parts) if noise else mask)

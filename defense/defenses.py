@@ -17,6 +17,7 @@ from defense import (
     fine_pruning,
     fine_tuning,
     implicit_unlearning,
+    reconstructive_pruning,
     sharpness_tuning,
     tsbd,
 )
@@ -33,6 +34,7 @@ DEFENSES: dict[str, tuple[ModuleType, type]] = {
     "nad": (attention_distillation, attention_distillation.AttentionDistillationConfig),
     "ft-sam": (sharpness_tuning, sharpness_tuning.SharpnessTuningConfig),
     "i-bau": (implicit_unlearning, implicit_unlearning.ImplicitUnlearningConfig),
+    "rnp": (reconstructive_pruning, reconstructive_pruning.ReconstructivePruningConfig),
 }
 
 

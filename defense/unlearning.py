@@ -26,6 +26,8 @@ class UnlearningConfig:
     epochs: int = 1000          # at most
     stop: float | None = None   # end at this accuracy on the clean images or below; None = chance, 1 / classes
     statistics: str = "batch"   # of batch norms: "batch" as released, "running" = the given model's
+    decay: float = 0.0          # of the weights
+    drops: tuple[int, ...] = ()  # epochs after which the rate falls to a tenth
 
     def __post_init__(self) -> None:
         expect(self.rate > 0 and 0 <= self.momentum < 1, "UnlearningConfig rate, momentum", "> 0, in [0, 1)",
@@ -33,6 +35,8 @@ class UnlearningConfig:
         expect(self.batch > 1 and self.epochs > 0, "UnlearningConfig batch, epochs", "> 1, > 0",
                (self.batch, self.epochs))
         expect(self.stop is None or 0 <= self.stop < 1, "UnlearningConfig.stop", "None or in [0, 1)", self.stop)
+        expect(self.decay >= 0 and all(drop > 0 for drop in self.drops), "UnlearningConfig decay, drops", ">= 0, > 0",
+               (self.decay, self.drops))
         check_statistics(self.statistics, "UnlearningConfig.statistics")
 
 
@@ -55,7 +59,8 @@ def clean_unlearning(model: nn.Module, given: Training, num_classes: int, config
     ours = copy.deepcopy(model)
     stop = 1 / num_classes if config.stop is None else config.stop
     parameters = [p for p in ours.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(parameters, config.rate, config.momentum, maximize=True)
+    optimiser = torch.optim.SGD(parameters, config.rate, config.momentum, weight_decay=config.decay, maximize=True)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(config.drops))
     accuracies: list[float] = []
 
     def ascend(images: Tensor, labels: Tensor) -> Tensor:
@@ -66,6 +71,7 @@ def clean_unlearning(model: nn.Module, given: Training, num_classes: int, config
         return loss.detach()
 
     def forgotten() -> bool:
+        schedule.step()
         accuracies.append((predicted_classes(ours, given.images) == given.labels).double().mean().item())
         return accuracies[-1] <= stop + 1e-9
 

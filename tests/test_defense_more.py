@@ -13,7 +13,9 @@ from defense.baseline import clean_accuracy
 from defense.deadline import Deadline
 from defense.defenses import DEFENSES, defense_config
 from defense.implicit_unlearning import ImplicitUnlearningConfig, hypergradient
+from defense.reconstructive_pruning import ReconstructivePruningConfig
 from defense.training import Shift, epoch_batches
+from defense.unlearning import UnlearningConfig
 from tests.defense_doubles import (
     IMAGES,
     LABELS,
@@ -27,8 +29,11 @@ from tests.defense_doubles import (
     started,
 )
 
-QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.01)}
-SLOW = {"i-bau": {"rounds": 10**6, "batch": 6}}  # what outlasts any deadline
+FORGET = UnlearningConfig(rate=0.01, batch=6, epochs=3, stop=0.0, decay=0.1, drops=(1, 2))
+QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.01),
+         "rnp": ReconstructivePruningConfig(unlearning=FORGET, rate=5.0, batch=6, epochs=3, threshold=0.9)}
+SLOW = {"i-bau": {"rounds": 10**6, "batch": 6},
+        "rnp": {"unlearning": {"batch": 6, "stop": 0.0}, "epochs": 10**6, "batch": 6}}  # what outlasts any deadline
 
 
 def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
@@ -72,7 +77,7 @@ def test_half_precision_and_a_missing_class_work(name):
     half = defended(name, a_model().half(), images=images, labels=labels)
     whole = defended(name, a_model().half().float(), images=images.float(), labels=labels)
     assert half.model.conv1.weight.dtype == torch.float16 and half.details["missing_classes"] == [2]
-    assert half.failed == whole.failed == "" and same(half.model, whole.model.half())  # work is done in float32
+    assert half.failed == whole.failed and same(half.model, whole.model.half())  # the work is done in float32
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -112,7 +117,7 @@ def test_wrong_labels_are_named(name, refuses):
 
 
 def test_every_defense_has_its_name_and_defaults():
-    assert list(DEFENSES)[7:] == ["i-bau"]
+    assert list(DEFENSES)[7:] == ["i-bau", "rnp"]
     for name in list(DEFENSES)[7:]:
         assert defense_config(name, {}, "x") == DEFENSES[name][1]()
 
@@ -234,3 +239,89 @@ def test_bad_settings_of_implicit_unlearning_are_named(refuses):
             (r" penalty, share: expected >= 0, in \(0, 1\], found \(0.001, 2\)", {"share": 2})]:
         with refuses("ImplicitUnlearningConfig" + message):
             ImplicitUnlearningConfig(**settings)
+
+
+# --- RNP -------------------------------------------------------------------------------------------------------
+
+class MaskedNorm(nn.Module):
+    """A batch norm whose weight has a mask; by the batch's statistics, or by its own."""
+
+    def __init__(self, norm, statistics):
+        super().__init__()
+        self.norm, self.statistics = norm, statistics
+        self.mask = nn.Parameter(torch.ones_like(norm.weight))
+
+    def forward(self, x):
+        mean, var = self.norm.running_mean, self.norm.running_var
+        if self.statistics == "batch":
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        mean, scale, weight, bias = (t[:, None, None] for t in (
+            mean, (var + self.norm.eps).sqrt(), self.norm.weight * self.mask, self.norm.bias))
+        return (x - mean) / scale * weight + bias
+
+
+def forgotten_by_hand(model, config, generator):
+    """The rate falls to a tenth after each of `drops`; the weights decay while the loss rises."""
+    model.train()
+    parameters, speed = list(model.parameters()), [torch.zeros_like(p) for p in model.parameters()]
+    for epoch in range(config.epochs):
+        rate = config.rate * 0.1 ** sum(epoch >= drop for drop in config.drops)
+        for index in epoch_batches(12, config.batch, generator=generator):
+            gradients = torch.autograd.grad(cross_entropy(model(IMAGES[index]), LABELS[index]), parameters)
+            for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+                speed[i] = config.momentum * speed[i] - g + config.decay * p.detach()
+                p.data -= rate * speed[i]
+
+
+def recovered_by_hand(model, config, generator):
+    """The masks, learned on norms that carry them."""
+    norms = {name: MaskedNorm(module, config.statistics) for name, module in model.named_modules()
+             if isinstance(module, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, norm)
+    masks, losses = [norm.mask for norm in norms.values()], []
+    speed = [torch.zeros_like(mask) for mask in masks]
+    for _ in range(config.epochs):
+        losses.append(0)
+        parts = epoch_batches(12, config.batch, generator=generator)
+        for index in parts:
+            loss = config.weight * cross_entropy(model(IMAGES[index]), LABELS[index])
+            losses[-1] += loss.item() / len(parts)
+            for i, gradient in enumerate(torch.autograd.grad(loss, masks)):
+                speed[i] = config.momentum * speed[i] + gradient
+                masks[i].data = (masks[i] - config.rate * speed[i]).clamp(0, 1).detach()
+    return {name: norm.mask.detach() for name, norm in norms.items()}, losses
+
+
+@pytest.mark.parametrize("config", [QUICK["rnp"], ReconstructivePruningConfig(
+    unlearning=FORGET, rate=50.0, momentum=0.5, batch=12, epochs=2, weight=0.7, threshold=0.6, statistics="running")])
+def test_what_the_unlearned_network_cannot_use_is_cut_from_the_given_one(config):
+    found = defended("rnp", config=config)
+    generator, unlearned, plain = started(), a_model(), a_model()
+    forgotten_by_hand(unlearned, FORGET, generator)
+    masks, losses = recovered_by_hand(unlearned, config, generator)
+    cut = {name: mask <= config.threshold for name, mask in masks.items()}
+    for name, gone in cut.items():
+        plain.get_submodule(name).weight.data[gone] = 0
+    count = sum(int(gone.sum()) for gone in cut.values())
+    assert 0 < count < found.details["neurons"] == sum(len(mask) for mask in masks.values())
+    assert found.losses == pytest.approx(losses) and found.details["pruned"] == count
+    assert found.details["unlearning_epochs"] == 3 and same(found.model, plain)
+
+
+def test_a_network_without_norms_has_no_masks(refuses):
+    with refuses(r"model: expected batch, layer or group norms with weights, found none"):
+        defended("rnp", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double())
+
+
+def test_bad_settings_of_reconstructive_pruning_are_named(refuses):
+    for message, settings in [
+            (r" rate, momentum, weight: expected > 0, in \[0, 1\), > 0, found \(0.2, 0.9, 0\)", {"weight": 0}),
+            (r" batch, epochs: expected > 1, > 0, found \(1, 20\)", {"batch": 1}),
+            (r".threshold: expected in \[0, 1\), found 1", {"threshold": 1}),
+            (r".statistics: expected one of batch, running, found x", {"statistics": "x"})]:
+        with refuses("ReconstructivePruningConfig" + message):
+            ReconstructivePruningConfig(**settings)
+    with refuses(r"UnlearningConfig decay, drops: expected >= 0, > 0, found \(0.0, \(0,\)\)"):
+        UnlearningConfig(drops=(0,))
