@@ -18,6 +18,7 @@ from defense import (
     fine_tuning,
     implicit_unlearning,
     reconstructive_pruning,
+    shared_unlearning,
     sharpness_tuning,
     tsbd,
 )
@@ -35,6 +36,7 @@ DEFENSES: dict[str, tuple[ModuleType, type]] = {
     "ft-sam": (sharpness_tuning, sharpness_tuning.SharpnessTuningConfig),
     "i-bau": (implicit_unlearning, implicit_unlearning.ImplicitUnlearningConfig),
     "rnp": (reconstructive_pruning, reconstructive_pruning.ReconstructivePruningConfig),
+    "sau": (shared_unlearning, shared_unlearning.SharedUnlearningConfig),
 }
 
 

@@ -1,5 +1,7 @@
 """The later defenses, each against a plain rewriting of what it says; what all of them owe is asked of all."""
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,13 @@ from defense.deadline import Deadline
 from defense.defenses import DEFENSES, defense_config
 from defense.implicit_unlearning import ImplicitUnlearningConfig, hypergradient
 from defense.reconstructive_pruning import ReconstructivePruningConfig
+from defense.shared_unlearning import (
+    SharedUnlearningConfig,
+    jensen_shannon,
+    perturbation_loss,
+    shared_perturbation,
+    shared_risk,
+)
 from defense.training import Shift, epoch_batches
 from defense.unlearning import UnlearningConfig
 from tests.defense_doubles import (
@@ -31,9 +40,11 @@ from tests.defense_doubles import (
 
 FORGET = UnlearningConfig(rate=0.01, batch=6, epochs=3, stop=0.0, decay=0.1, drops=(1, 2))
 QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.01),
-         "rnp": ReconstructivePruningConfig(unlearning=FORGET, rate=5.0, batch=6, epochs=3, threshold=0.9)}
+         "rnp": ReconstructivePruningConfig(unlearning=FORGET, rate=5.0, batch=6, epochs=3, threshold=0.9),
+         "sau": SharedUnlearningConfig(rounds=2, batch=6, rate=0.01, steps=2)}
 SLOW = {"i-bau": {"rounds": 10**6, "batch": 6},
-        "rnp": {"unlearning": {"batch": 6, "stop": 0.0}, "epochs": 10**6, "batch": 6}}  # what outlasts any deadline
+        "rnp": {"unlearning": {"batch": 6, "stop": 0.0}, "epochs": 10**6, "batch": 6},
+        "sau": {"rounds": 10**6, "batch": 6}}  # what outlasts any deadline
 
 
 def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
@@ -117,7 +128,7 @@ def test_wrong_labels_are_named(name, refuses):
 
 
 def test_every_defense_has_its_name_and_defaults():
-    assert list(DEFENSES)[7:] == ["i-bau", "rnp"]
+    assert list(DEFENSES)[7:] == ["i-bau", "rnp", "sau"]
     for name in list(DEFENSES)[7:]:
         assert defense_config(name, {}, "x") == DEFENSES[name][1]()
 
@@ -325,3 +336,115 @@ def test_bad_settings_of_reconstructive_pruning_are_named(refuses):
             ReconstructivePruningConfig(**settings)
     with refuses(r"UnlearningConfig decay, drops: expected >= 0, > 0, found \(0.0, \(0,\)\)"):
         UnlearningConfig(drops=(0,))
+
+
+# --- SAU -------------------------------------------------------------------------------------------------------
+
+def perturbation_loss_by_hand(logits, before, labels, wrong):
+    """Image by image, class by class."""
+    total, all_shared = 0, True
+    for i, label in enumerate(labels.tolist()):
+        p, q = (part[i].softmax(0) for part in logits)
+        changed = [part[i].argmax() != then[i] for part, then in zip(logits, before, strict=True)]
+        if not (all(changed) and p.argmax() == q.argmax()):
+            all_shared = False
+            m = (p + q) / 2
+            total = total + sum(p[k] * (p[k] / m[k]).log() + q[k] * (q[k] / m[k]).log() for k in range(len(p))) / 2
+        for probabilities, done in zip((p, q), changed, strict=True):
+            if not done:
+                total = total + wrong * probabilities[label].log() / 2
+    return total / len(labels), all_shared
+
+
+def test_the_loss_of_a_perturbation_agrees_with_a_loop():
+    logits = tuple(torch.randn(40, 3, generator=drawn(i), dtype=torch.float64) for i in range(2))
+    before = tuple(torch.randint(3, (40,), generator=drawn(i)) for i in (2, 3))
+    labels = torch.arange(40) % 3
+    found, shared = perturbation_loss(logits, before, labels, 0.3)
+    wanted, _ = perturbation_loss_by_hand(logits, before, labels, 0.3)
+    torch.testing.assert_close(found, wanted)
+    assert not shared
+    same_answers = (logits[0], logits[0] * 2)
+    elsewhere = (logits[0].argmax(1) + 1) % 3
+    found, shared = perturbation_loss(same_answers, (elsewhere, elsewhere), labels, 0.3)
+    assert shared and found == 0  # all is reached: nothing counts any more
+
+
+def test_the_divergence_by_hand():
+    certain, even = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.5, 0.5], [0.0, 1.0]])
+    half = 0.5 * math.log(1 / 0.75) + 0.25 * math.log(0.5 / 0.75) + 0.25 * math.log(0.5 / 0.25)
+    assert jensen_shannon(certain, even).tolist() == pytest.approx([half, math.log(2)])
+    assert jensen_shannon(even, even).tolist() == [0, 0]
+
+
+def test_the_shared_risk_by_hand():
+    logits = torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.9999, 0.0001]]).log().requires_grad_()
+    risk = shared_risk(logits, torch.tensor([1, 0, 1]), torch.tensor([True, False, True]))
+    assert risk.item() == pytest.approx(-(math.log(0.2) + math.log(0.999)) / 3, rel=1e-4)
+    risk.backward()
+    assert (logits.grad[0] != 0).all() and (logits.grad[1:] == 0).all()  # not misled; too unlikely to matter
+
+
+def shared_by_hand(model, config, generator):
+    adam, reference, losses = Adam(model.parameters(), config.rate), copy.deepcopy(model), []
+    extent = torch.stack([IMAGES[:, c].max() - IMAGES[:, c].min() for c in range(3)])[:, None, None]
+    for _ in range(config.rounds):
+        losses.append(0)
+        parts = epoch_batches(12, config.batch, generator=generator)
+        for index in parts:
+            images, labels = IMAGES[index], LABELS[index]
+            before = [net(images).argmax(1) for net in (model, reference)]
+            delta = torch.ones_like(images) * config.radius * extent
+            for _ in range(config.steps):
+                delta.requires_grad_()
+                loss, done = perturbation_loss_by_hand([net(images + delta) for net in (model, reference)], before,
+                                                       labels, config.wrong)
+                (slope,) = torch.autograd.grad(loss, delta)
+                moved = delta.detach() / extent - config.step * slope.sign()
+                delta = moved.clamp(-config.radius, config.radius) * extent
+                assert not done
+            loss = config.clean * cross_entropy(model(images), labels)
+            answers, probabilities = reference(images + delta).argmax(1), model(images + delta).softmax(1)
+            for i in range(len(images)):
+                if answers[i] not in (labels[i], before[1][i]):
+                    loss = loss - config.shared * (1 + 1e-6 - probabilities[i, answers[i]]).log() / len(images)
+            losses[-1] += loss.item() / len(parts)
+            adam.step(torch.autograd.grad(loss, list(model.parameters())))
+    return losses
+
+
+def a_fickle_model(seed=4):
+    """Its classes change under perturbations, for many images those of the reference too."""
+    model = a_model(seed)
+    with torch.no_grad():
+        model.linear.bias -= model(IMAGES).mean(0)
+    return model
+
+
+@pytest.mark.parametrize("config", [QUICK["sau"], SharedUnlearningConfig(
+    rounds=2, batch=4, rate=0.05, radius=0.5, step=0.3, steps=3, wrong=0.5, clean=0.7, shared=2.0)])
+def test_shared_unlearning_agrees_with_loops(config):
+    found, plain = defended("sau", a_fickle_model(), config), a_fickle_model()
+    losses = shared_by_hand(plain, config, started())
+    assert_close(found.model, plain)
+    assert found.losses == pytest.approx(losses)
+    without = defended("sau", a_fickle_model(), replace(config, shared=0.0))
+    assert found.losses[0] > without.losses[0]  # some answers were shared
+
+
+def test_a_perturbation_keeps_to_its_radius():
+    model, other = a_fickle_model(), a_fickle_model(1)
+    extent = torch.tensor([1.0, 2.0, 4.0]).double()[:, None, None]
+    config = SharedUnlearningConfig(radius=0.25, step=0.1, steps=4)
+    delta = shared_perturbation(model, other, IMAGES, LABELS, extent, config)
+    sizes = (delta / extent).abs()
+    assert sizes.max() == pytest.approx(0.25) and (sizes < 0.2).any() and not delta.requires_grad
+
+
+def test_bad_settings_of_shared_unlearning_are_named(refuses):
+    for message, settings in [
+            (r" rounds, batch, steps: expected > 0, > 1, > 0, found \(0, 256, 5\)", {"rounds": 0}),
+            (r" rate, radius, step: expected > 0, found \(0.0001, 0, 0.2\)", {"radius": 0}),
+            (r" wrong, clean, shared: expected >= 0, found \(0.01, 1.0, -1\)", {"shared": -1})]:
+        with refuses("SharedUnlearningConfig" + message):
+            SharedUnlearningConfig(**settings)
