@@ -13,6 +13,7 @@ from data.errors import InputError, expect
 from defense import (
     adversarial_pruning,
     attention_distillation,
+    change_pruning,
     channel_lipschitz,
     fine_pruning,
     fine_tuning,
@@ -37,6 +38,7 @@ DEFENSES: dict[str, tuple[ModuleType, type]] = {
     "i-bau": (implicit_unlearning, implicit_unlearning.ImplicitUnlearningConfig),
     "rnp": (reconstructive_pruning, reconstructive_pruning.ReconstructivePruningConfig),
     "sau": (shared_unlearning, shared_unlearning.SharedUnlearningConfig),
+    "nwc-fp": (change_pruning, change_pruning.ChangePruningConfig),
 }
 
 

@@ -11,9 +11,13 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torchvision.models import VisionTransformer
 
+from data.preact_resnet import new_model
 from defense.baseline import clean_accuracy
+from defense.change_pruning import ChangePruningConfig, change_order
 from defense.deadline import Deadline
 from defense.defenses import DEFENSES, defense_config
+from defense.fine_pruning import FinePruningConfig
+from defense.fine_tuning import FineTuningConfig
 from defense.implicit_unlearning import ImplicitUnlearningConfig, hypergradient
 from defense.reconstructive_pruning import ReconstructivePruningConfig
 from defense.shared_unlearning import (
@@ -41,10 +45,14 @@ from tests.defense_doubles import (
 FORGET = UnlearningConfig(rate=0.01, batch=6, epochs=3, stop=0.0, decay=0.1, drops=(1, 2))
 QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.01),
          "rnp": ReconstructivePruningConfig(unlearning=FORGET, rate=5.0, batch=6, epochs=3, threshold=0.9),
-         "sau": SharedUnlearningConfig(rounds=2, batch=6, rate=0.01, steps=2)}
+         "sau": SharedUnlearningConfig(rounds=2, batch=6, rate=0.01, steps=2),
+         "nwc-fp": ChangePruningConfig(FORGET, FinePruningConfig(drop=0.5, at_once=1, tuning=FineTuningConfig(
+             batch=6, epochs=3)))}
+# What outlasts any deadline.
 SLOW = {"i-bau": {"rounds": 10**6, "batch": 6},
         "rnp": {"unlearning": {"batch": 6, "stop": 0.0}, "epochs": 10**6, "batch": 6},
-        "sau": {"rounds": 10**6, "batch": 6}}  # what outlasts any deadline
+        "sau": {"rounds": 10**6, "batch": 6},
+        "nwc-fp": {"unlearning": {"batch": 6, "stop": 0.0}, "pruning": {"tuning": {"epochs": 10**6, "batch": 6}}}}
 
 
 def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
@@ -128,7 +136,7 @@ def test_wrong_labels_are_named(name, refuses):
 
 
 def test_every_defense_has_its_name_and_defaults():
-    assert list(DEFENSES)[7:] == ["i-bau", "rnp", "sau"]
+    assert list(DEFENSES)[7:] == ["i-bau", "rnp", "sau", "nwc-fp"]
     for name in list(DEFENSES)[7:]:
         assert defense_config(name, {}, "x") == DEFENSES[name][1]()
 
@@ -271,14 +279,14 @@ class MaskedNorm(nn.Module):
         return (x - mean) / scale * weight + bias
 
 
-def forgotten_by_hand(model, config, generator):
+def forgotten_by_hand(model, config, generator, labels=LABELS):
     """The rate falls to a tenth after each of `drops`; the weights decay while the loss rises."""
     model.train()
     parameters, speed = list(model.parameters()), [torch.zeros_like(p) for p in model.parameters()]
     for epoch in range(config.epochs):
         rate = config.rate * 0.1 ** sum(epoch >= drop for drop in config.drops)
         for index in epoch_batches(12, config.batch, generator=generator):
-            gradients = torch.autograd.grad(cross_entropy(model(IMAGES[index]), LABELS[index]), parameters)
+            gradients = torch.autograd.grad(cross_entropy(model(IMAGES[index]), labels[index]), parameters)
             for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
                 speed[i] = config.momentum * speed[i] - g + config.decay * p.detach()
                 p.data -= rate * speed[i]
@@ -448,3 +456,50 @@ def test_bad_settings_of_shared_unlearning_are_named(refuses):
             (r" wrong, clean, shared: expected >= 0, found \(0.01, 1.0, -1\)", {"shared": -1})]:
         with refuses("SharedUnlearningConfig" + message):
             SharedUnlearningConfig(**settings)
+
+
+# --- NWC-FP ----------------------------------------------------------------------------------------------------
+
+def change_pruned_by_hand(model, labels, config):
+    """Positions cut, most changed first, by whole passes of pruned copies; those neurons feed the last layer."""
+    unlearned = copy.deepcopy(model)
+    forgotten_by_hand(unlearned, FORGET, started(), labels)
+    before, after = (net.layer4[1].conv2.weight for net in (model, unlearned))
+    moved = [sum(abs(a - b) for a, b in zip(before[i].flatten().tolist(), after[i].flatten().tolist(), strict=True))
+             for i in range(len(before))]
+    order = sorted(range(len(moved)), key=lambda i: -moved[i])
+    mark, borne = clean_accuracy(model, IMAGES, labels), []
+    for count in range(config.at_once, len(order), config.at_once):
+        trial = copy.deepcopy(model)
+        trial.linear.weight.data[:, order[:count]] = 0
+        if clean_accuracy(trial, IMAGES, labels) <= (1 - config.drop) * mark:
+            break
+        borne = order[:count]
+    return order, borne
+
+
+@pytest.mark.parametrize(("drop", "at_once"), [(0.1, 1), (0.6, 2)])
+def test_the_most_changed_neurons_are_cut_first(drop, at_once):
+    model = new_model(3, (2, 2, 4, 16), 3, seed=1).double().eval()
+    with torch.no_grad():
+        model.linear.bias -= model(IMAGES).mean(0)
+    truth = model(IMAGES).argmax(1)
+    pruning = FinePruningConfig(drop, at_once, FineTuningConfig(batch=6, epochs=1))
+    found = defended("nwc-fp", model, ChangePruningConfig(FORGET, pruning), labels=truth)
+    order, cut = change_pruned_by_hand(model, truth, pruning)
+    assert sorted(order) == list(range(16)) != order and 0 < len(cut) < 16
+    assert found.details["pruned"] == len(cut) and found.details["inputs"] == 16 and len(found.losses) == 1
+    assert (found.model.linear.weight == 0).all(0).nonzero()[:, 0].tolist() == sorted(cut)
+
+
+def test_of_neurons_that_moved_alike_the_first_leads():
+    before, after = nn.Linear(2, 4), nn.Linear(2, 4)
+    before.weight.data = before.weight.data.round()
+    after.weight.data = before.weight.data + torch.tensor([[0.0, 0], [1, -1], [0, 4], [-1, 1]])
+    assert change_order(before, after, "weight").tolist() == [2, 1, 3, 0]
+
+
+def test_a_last_layer_that_the_layer_before_does_not_feed_is_refused(refuses):
+    model = nn.Sequential(nn.Conv2d(3, 2, 7), nn.Flatten(), nn.Linear(8, 3)).double()
+    with refuses(r"model '0.weight': expected a neuron for each of the 8 inputs of the last layer, found 2"):
+        defended("nwc-fp", model)
