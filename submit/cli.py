@@ -37,6 +37,12 @@ class Task(str, Enum):
 
 
 class Weights(str, Enum):
+class OneTask(str, Enum):
+    retrieval = "retrieval"
+    anomaly = "anomaly"
+    backdoor = "backdoor"
+
+
     parser = "parser"
     encoder = "encoder"
     backbone = "backbone"
@@ -91,6 +97,21 @@ def zoo_build(
     recipe: Annotated[str, typer.Option(help="tiny, cpu, contest, or a TOML file as in data/recipes.")] = "tiny",
     data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
     workers: Annotated[int, typer.Option(help="Models trained side by side; 0 = one a CPU core, one on a GPU.", min=0)]
+@app.command(epilog="Example: python -m submit package backdoor --out my_detector")
+def package(
+    task: Annotated[OneTask, typer.Argument(help="Which task.")],
+    out: Annotated[Path, typer.Option(help="New folder for the submission; its zip lies beside it, as OUT.zip.")],
+    preset: Preset = "embedded", weights: NetWeights = None,
+    half: Annotated[bool, typer.Option("--half/--full", help="Store float32 weights as float16, or as they are.")]
+    = True,
+    rules: RulesFolder = None, json: Json = False,
+) -> None:
+    """Write what the judge of a task takes: a folder and a zip, the same bytes each time."""
+    from submit.ship_commands import package as write
+
+    write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
+
+
     = 0,
     seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.", min=0, max=2**63 - 1)] = None,
     device: Device = "auto", json: Json = False,
