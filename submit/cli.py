@@ -36,13 +36,13 @@ class Task(str, Enum):
     all = "all"
 
 
-class Weights(str, Enum):
 class OneTask(str, Enum):
     retrieval = "retrieval"
     anomaly = "anomaly"
     backdoor = "backdoor"
 
 
+class Weights(str, Enum):
     parser = "parser"
     encoder = "encoder"
     backbone = "backbone"
@@ -52,6 +52,11 @@ Seed = Annotated[int, typer.Option(help="Seed of the generated data and of every
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 Runs = Annotated[Path, typer.Option(help="Folder for records and predictions.")]
+
+Preset = Annotated[str, typer.Option(help="Settings of the anomaly task: embedded, musc, report or musc-v2.")]
+NetWeights = Annotated[Path | None, typer.Option(
+    help="Folder of the weights that a preset needs: DIR/<timm name of the net>/model.safetensors.")]
+RulesFolder = Annotated[Path | None, typer.Option(help="Folder with the rules of another contest, a TOML file a task.")]
 
 
 @app.command(epilog="Example: python -m submit score anomaly --data my_parts/")
@@ -91,12 +96,6 @@ def score(
     raise typer.Exit(1 if any(outcome.problems for outcome in outcomes) else 0)
 
 
-@zoo_app.command("build", epilog="Example: python -m submit zoo build --recipe tiny --out zoos/mine")
-def zoo_build(
-    out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],
-    recipe: Annotated[str, typer.Option(help="tiny, cpu, contest, or a TOML file as in data/recipes.")] = "tiny",
-    data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
-    workers: Annotated[int, typer.Option(help="Models trained side by side; 0 = one a CPU core, one on a GPU.", min=0)]
 @app.command(epilog="Example: python -m submit package backdoor --out my_detector")
 def package(
     task: Annotated[OneTask, typer.Argument(help="Which task.")],
@@ -112,6 +111,12 @@ def package(
     write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
 
 
+@zoo_app.command("build", epilog="Example: python -m submit zoo build --recipe tiny --out zoos/mine")
+def zoo_build(
+    out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],
+    recipe: Annotated[str, typer.Option(help="tiny, cpu, contest, or a TOML file as in data/recipes.")] = "tiny",
+    data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
+    workers: Annotated[int, typer.Option(help="Models trained side by side; 0 = one a CPU core, one on a GPU.", min=0)]
     = 0,
     seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.", min=0, max=2**63 - 1)] = None,
     device: Device = "auto", json: Json = False,
