@@ -97,13 +97,21 @@ def checked_queries(queries: Tensor, k: int, width: int) -> None:
 
 
 def unit_rows(rows: Tensor, where: str, start: int = 0) -> Tensor:
-    """Rows at unit length as float32; zeros stay zeros. One that is not finite is named by its number from `start`."""
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)  # in float32, 1e20 overflows
-    broken = (~length.isfinite()).nonzero()
-    expect(len(broken) == 0, f"{where} row {start + broken[0, 0].item() if len(broken) else 0}", "finite numbers",
-           "NaN or infinity")
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    return (wide / torch.where(length > 0, length, 1).to(wide.dtype)).float()
+    """A copy at unit length, float32; zeros stay zeros. A row that is not finite is named by its number from `start`.
+
+    Lengths whose squares would leave float32 are taken in float64 (which for all rows would be the slowest step).
+    """
+    unit = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32, copy=True)
+    length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    unusual = ~((length > 1e-15) & (length < 1e15))[:, 0]  # among them NaN
+    if unusual.any():
+        exact = torch.linalg.vector_norm(unit[unusual].double(), dim=1, keepdim=True)
+        broken = unusual.nonzero()[~exact.isfinite()]
+        expect(len(broken) == 0, f"{where} row {start + int(broken[0]) if len(broken) else 0}", "finite numbers",
+               "NaN or infinity")
+        unit[unusual] = (unit[unusual].double() / torch.where(exact > 0, exact, 1)).to(unit.dtype)
+        length[unusual] = 1
+    return unit.div_(length).float()
 
 
 def blocks(vectors: Tensor | np.ndarray, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
