@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from data.phrasebook import SPLITS, Template, _choices, _gerund, objects, phrases, templates, word_list
+from data.phrasebook import SPLITS, Template, _choices, _gerund, _sections, objects, phrases, templates, word_list
 
 
 def test_there_are_enough_distinct_templates_and_frames():
@@ -35,6 +35,58 @@ def plain(text):
 def test_splits_share_no_template_and_no_object(one, other):
     for kind in (lambda split: [template.text for template in templates(split)], objects):
         assert not {plain(text) for text in kind(one)} & {plain(text) for text in kind(other)}
+
+
+HELD_OUT = ("val", "test")
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_held_out_splits_are_large_enough_to_be_told_apart(split):
+    frames = {template.frame: template for template in templates(split)}.values()
+    assert len(frames) >= 300
+    assert sum(frame.add > 0 and frame.remove > 0 for frame in frames) >= 200
+    assert sum(frame.remove == 0 < frame.add for frame in frames) >= 30
+    assert sum(frame.add == 0 < frame.remove for frame in frames) >= 30
+    assert len(objects(split)) >= 300
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_names_held_out_are_as_long_as_in_free_requests(split):
+    lengths = [min(len(name.split()), 5) for name in objects(split)]
+    for length, share in {1: 0.19, 2: 0.21, 3: 0.31, 4: 0.24, 5: 0.05}.items():
+        assert lengths.count(length) / len(lengths) == pytest.approx(share, abs=0.05), length
+
+
+def spelling(name):
+    """A name without marks: `tea-light` and `tea light`, `Chef’s` and `chef's` are one name."""
+    return " ".join(re.findall("[a-z0-9]+", re.sub("['’]", "", name.lower())))
+
+
+def test_no_name_stands_in_two_splits_under_another_spelling():
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not {spelling(name) for name in objects(one)} & {spelling(name) for name in objects(other)}
+
+
+def skeletons(split):
+    """Lines that join whole clauses with words of their own, as `<add> and then <remove>`."""
+    lines = [line.lower() for name in ("both", "add only", "remove only") for line in _sections(split)[name]]
+    words = {line: re.sub(r"<[^>]*>", "", line) for line in lines}
+    return {" ".join(re.findall(r"<\w+>|[a-z0-9'+{}-]+", line)) for line in lines
+            if words[line] != line and re.search("[a-z]{2}", words[line])}
+
+
+def test_no_skeleton_stands_in_two_splits():
+    assert all(len(skeletons(split)) >= 20 for split in HELD_OUT)
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not skeletons(one) & skeletons(other)
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_a_slot_takes_one_thing_many_things_or_a_list(split):
+    """No article that wants one thing before a slot, and no verb after it that does."""
+    for text in [template.text for template in templates(split)]:
+        assert not re.search(r"\b(an?|any|every|some|these|those|another|both|each|one) \{", text), text
+        assert not re.search(r"\} (isn't|has|doesn't|needs|becomes|looks|goes|comes|was|stands|gets)\b", text), text
 
 
 @pytest.mark.parametrize("section", ["add", "remove", "lead", "tail"])
