@@ -18,6 +18,7 @@ from defense import (
     fine_pruning,
     fine_tuning,
     implicit_unlearning,
+    oracle_pruning,
     reconstructive_pruning,
     shared_unlearning,
     sharpness_tuning,
@@ -39,7 +40,10 @@ DEFENSES: dict[str, tuple[ModuleType, type]] = {
     "rnp": (reconstructive_pruning, reconstructive_pruning.ReconstructivePruningConfig),
     "sau": (shared_unlearning, shared_unlearning.SharedUnlearningConfig),
     "nwc-fp": (change_pruning, change_pruning.ChangePruningConfig),
+    "anp-oracle": (oracle_pruning, oracle_pruning.OraclePruningConfig),
 }
+# They see the triggered test images, in the setting `test`, which no file holds: never equals of the others.
+ORACLES = frozenset({"anp-oracle"})
 
 
 def defense_config(name: str, parameters: Mapping[str, Any], where: str) -> Any:

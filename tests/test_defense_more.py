@@ -12,13 +12,16 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import VisionTransformer
 
 from data.preact_resnet import new_model
+from defense.adversarial_pruning import AdversarialPruningConfig, learn_masks, prune
 from defense.baseline import clean_accuracy
 from defense.change_pruning import ChangePruningConfig, change_order
 from defense.deadline import Deadline
-from defense.defenses import DEFENSES, defense_config
+from defense.defenses import DEFENSES, ORACLES, defense_config
 from defense.fine_pruning import FinePruningConfig
 from defense.fine_tuning import FineTuningConfig
 from defense.implicit_unlearning import ImplicitUnlearningConfig, hypergradient
+from defense.metrics import accuracy, attack_success
+from defense.oracle_pruning import OraclePruningConfig, OracleTest, best_threshold
 from defense.reconstructive_pruning import ReconstructivePruningConfig
 from defense.shared_unlearning import (
     SharedUnlearningConfig,
@@ -27,7 +30,7 @@ from defense.shared_unlearning import (
     shared_perturbation,
     shared_risk,
 )
-from defense.training import Shift, epoch_batches
+from defense.training import Shift, Training, epoch_batches, predicted_classes
 from defense.unlearning import UnlearningConfig
 from tests.defense_doubles import (
     IMAGES,
@@ -42,8 +45,9 @@ from tests.defense_doubles import (
     started,
 )
 
+JUDGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(5)).double()
 FORGET = UnlearningConfig(rate=0.01, batch=6, epochs=3, stop=0.0, decay=0.1, drops=(1, 2))
-QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.01),
+QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=1, batch=6, climb=1.0, rate=0.01, iterations=2),
          "rnp": ReconstructivePruningConfig(unlearning=FORGET, rate=5.0, batch=6, epochs=3, threshold=0.9),
          "sau": SharedUnlearningConfig(rounds=2, batch=6, rate=0.01, steps=2),
          "nwc-fp": ChangePruningConfig(FORGET, FinePruningConfig(drop=0.5, at_once=1, tuning=FineTuningConfig(
@@ -51,7 +55,7 @@ QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.
 # What outlasts any deadline.
 SLOW = {"i-bau": {"rounds": 10**6, "batch": 6},
         "rnp": {"unlearning": {"batch": 6, "stop": 0.0}, "epochs": 10**6, "batch": 6},
-        "sau": {"rounds": 10**6, "batch": 6},
+        "sau": {"rounds": 10**6, "batch": 6, "steps": 1},
         "nwc-fp": {"unlearning": {"batch": 6, "stop": 0.0}, "pruning": {"tuning": {"epochs": 10**6, "batch": 6}}}}
 
 
@@ -117,9 +121,9 @@ def test_the_deadline_is_kept(name):
         return images
 
     found = defended(name, config=defense_config(name, SLOW[name], "x"), augment=slow,
-                     deadline=Deadline(40.0, clock=clock))
+                     deadline=Deadline(12.0, clock=clock))
     assert not found.complete and found.finite and not found.failed and is_finite(found.model) and found.losses
-    assert 20 <= found.seconds == clock.seconds <= 40
+    assert 5 <= found.seconds == clock.seconds <= 12
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -136,7 +140,7 @@ def test_wrong_labels_are_named(name, refuses):
 
 
 def test_every_defense_has_its_name_and_defaults():
-    assert list(DEFENSES)[7:] == ["i-bau", "rnp", "sau", "nwc-fp"]
+    assert list(DEFENSES)[7:] == ["i-bau", "rnp", "sau", "nwc-fp", "anp-oracle"] and {"anp-oracle"} == ORACLES
     for name in list(DEFENSES)[7:]:
         assert defense_config(name, {}, "x") == DEFENSES[name][1]()
 
@@ -242,7 +246,8 @@ def implicit_by_hand(model, config, generator):
     return losses
 
 
-@pytest.mark.parametrize("config", [QUICK["i-bau"], ImplicitUnlearningConfig(
+@pytest.mark.parametrize("config", [ImplicitUnlearningConfig(rounds=2, batch=6, climb=1.0, rate=0.01),
+                                    ImplicitUnlearningConfig(
     rounds=1, batch=4, rate=0.1, climb=3.0, penalty=0.1, share=0.6, iterations=2, inner_rate=0.5)])
 def test_implicit_unlearning_agrees_with_whole_matrices(config):
     found, plain = defended("i-bau", a_smooth_model(), config), a_smooth_model()
@@ -503,3 +508,62 @@ def test_a_last_layer_that_the_layer_before_does_not_feed_is_refused(refuses):
     model = nn.Sequential(nn.Conv2d(3, 2, 7), nn.Flatten(), nn.Linear(8, 3)).double()
     with refuses(r"model '0.weight': expected a neuron for each of the 8 inputs of the last layer, found 2"):
         defended("nwc-fp", model)
+
+
+# --- ANP by an oracle ------------------------------------------------------------------------------------------
+
+def triggered(images):
+    return images + torch.linspace(-4, 4, 8, dtype=torch.float64)
+
+
+def an_oracle(model, target):
+    return OracleTest(JUDGES, predicted_classes(model, JUDGES), triggered, target)
+
+
+PRUNING = AdversarialPruningConfig(rate=0.1, batch=6, steps=8, thresholds=(0.0, 0.3, 0.6, 0.8, 0.95), drop=0.5)
+
+
+@pytest.mark.parametrize(("drop", "wanted"), [(0.6, 0.8), (0.5, None)])
+def test_the_oracle_takes_the_lowest_attack_success_within_the_limit(drop, wanted):
+    model, config = a_fickle_model(), replace(PRUNING, drop=drop)
+    truth, hits = predicted_classes(model, JUDGES), predicted_classes(model, triggered(JUDGES))
+    target = max(range(3), key=lambda k: attack_success(hits, truth, k))
+    found = defended("anp-oracle", model, OraclePruningConfig(config, an_oracle(model, target)))
+    masks, _ = learn_masks(a_fickle_model(), Training(IMAGES, LABELS, started(), None, Deadline()), config)
+    rows = {}
+    for threshold in config.thresholds:
+        trial = a_fickle_model()
+        prune(trial, masks, threshold)
+        rows[threshold] = (accuracy(predicted_classes(trial, JUDGES), truth),
+                           attack_success(predicted_classes(trial, triggered(JUDGES)), truth, target))
+    given = attack_success(hits, truth, target)
+    within = [(asr, t) for t, (acc, asr) in rows.items() if 1 - acc < drop and asr < given]
+    assert min(within)[1] == wanted if within else wanted is None
+    assert found.details["tried"] == {str(t): list(row) for t, row in rows.items()}
+    assert found.details["threshold"] == wanted and found.details["oracle"].startswith("threshold chosen by")
+    plain = a_fickle_model()
+    count = prune(plain, masks, wanted or 0)
+    assert found.details.get("pruned", 0) == count and same(found.model, plain) and bool(found.failed) == (count == 0)
+
+
+def test_an_oracle_that_finds_nothing_better_has_failed():
+    model = a_fickle_model()
+    test = replace(an_oracle(model, 0), triggered=JUDGES)  # no trigger: ASR is zero
+    found = defended("anp-oracle", model, OraclePruningConfig(PRUNING, test))
+    assert found.failed == "no threshold lowers the attack's success" and same(found.model, model)
+    assert found.details["threshold"] is None and "oracle" in found.details
+    late = defended("anp-oracle", model, OraclePruningConfig(PRUNING, test), deadline=Deadline(1.0, clock=Clock(2.0)))
+    assert late.failed == "no time to learn the masks" and "oracle" in late.details
+    masks = {"layer1.0.bn1": torch.ones(2)}
+    assert best_threshold(model, masks, test, PRUNING, Deadline(1.0, clock=Clock(2.0))) == (None, {})
+
+
+def test_an_oracle_without_its_images_is_refused(refuses):
+    with refuses(r"OraclePruningConfig.test: expected an OracleTest, the triggered test images, found none"):
+        defended("anp-oracle", config=OraclePruningConfig())
+    test = an_oracle(a_model(), 0)
+    with refuses(r"OracleTest.triggered: expected \(40, 3, 8, 8\) as the images, found \(4, 3, 8, 8\)"):
+        replace(test, triggered=JUDGES[:4]).like(a_model())
+    with refuses(r"OracleTest.labels: expected one for each of 40 images, found \(3,\)"):
+        replace(test, labels=torch.arange(3)).like(a_model())
+    assert test.like(a_model().float()).triggered.dtype == torch.float32
