@@ -6,8 +6,8 @@ on the norms' weights and biases, the noise climbing the loss; weights with smal
 thresholds as in BackdoorBench (arXiv:2206.12654).
 Departs from it: BackdoorBench takes the threshold with the lowest attack success on poisoned test images among those
 that cost less than a tenth of the test accuracy. That is an oracle. Here the largest threshold is taken up to which
-held-out clean images lose less than that share; the oracle is `oracle_pruning.py`. Batches hold every image once an epoch, where they are drawn with replacement; layer and group norms have masks
-where a model has no batch norm.
+held-out clean images lose less than that share; the oracle is `oracle_pruning.py`. Batches hold every image once an
+epoch, where they are drawn with replacement; layer and group norms have masks where a model has no batch norm.
 """
 from __future__ import annotations
 
