@@ -1,19 +1,22 @@
 """Which images of a gallery lie nearest: one small interface, and exact search in blocks behind it.
 
-The interface is `search(queries, k) -> (scores, rows)`. Exact search finds candidates block by block in float32 and
-scores only those in float64, so the answer is the same for every size of block, order of sums and number of threads.
+The interface is `search(queries, k) -> (scores, rows)`; `retrieval.faiss_gallery` and `retrieval.qdrant_gallery` have
+it too. Exact search finds candidates block by block in float32 and scores only those in float64, so the answer is the
+same for every size of block, order of sums and number of threads.
 """
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import expect
+from data.errors import InputError, expect
 
 MAX_BYTES = 2**28  # of one block and what is computed from it
 QUERY_BLOCK = 256  # queries compared with a block at a time
@@ -128,6 +131,15 @@ def blocks(vectors: Tensor | np.ndarray, size: int, device: torch.device) -> Ite
             _advise(vectors[:start + size], "MADV_DONTNEED")  # reading a page also brings in some before it
             rows = block
         yield start, rows.to(device)
+
+
+def extra(module: str, package: str) -> ModuleType:
+    """An optional module; where its package is not installed, the error says how to install it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(f"{package}: expected to be installed (pip install -r requirements-extras.txt), found no such "
+                         "package") from None
 
 
 def _advise(rows: np.ndarray, advice: str) -> None:
