@@ -12,13 +12,12 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from data.devices import chosen_device
 from data.errors import InputError, expect
 from data.images import read_rgb
-from retrieval.compose import compose
-from retrieval.encoder import Encoder, load_encoder
+from retrieval.composer import Composer, load_composer
+from retrieval.encoder import EMBEDDED, Encoder, load_encoder
 from retrieval.parser import parse
 
 
@@ -35,7 +34,7 @@ def encode_queries(df: pd.DataFrame) -> np.ndarray:
     added, removed = [()] * len(texts), [()] * len(texts)
     for row, change in zip(asked, parse([texts[row] for row in asked]) if asked else [], strict=True):
         added[row], removed[row] = change.add, change.remove
-    return _array(compose(_encode_files(encoder, df["query_image"]), added, removed, encoder.encode_texts))
+    return _array(_composer(chosen_device()).queries(_encode_files(encoder, df["query_image"]), added, removed))
 
 
 def encode_database(df: pd.DataFrame) -> np.ndarray:
@@ -45,12 +44,18 @@ def encode_database(df: pd.DataFrame) -> np.ndarray:
     Errors: as for `encode_queries`.
     """
     _expect_columns(df, "target_image")
-    return _array(normalize(_encode_files(_encoder(chosen_device()), df["target_image"]), dim=-1))
+    images = _encode_files(_encoder(chosen_device()), df["target_image"])
+    return _array(_composer(chosen_device()).gallery(images))
 
 
 @lru_cache(maxsize=1)
 def _encoder(device: torch.device) -> Encoder:
     return load_encoder(device=device)
+
+
+@lru_cache(maxsize=1)
+def _composer(device: torch.device) -> Composer:
+    return load_composer(EMBEDDED, _encoder(device))
 
 
 def _encode_files(encoder: Encoder, column: pd.Series) -> Tensor:

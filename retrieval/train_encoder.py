@@ -35,10 +35,11 @@ from data.scenes import (
     request_texts,
     retrieval_triplets,
 )
-from retrieval.compose import PROMPT, compose
+from retrieval.compose import compose
 from retrieval.encoder import EMBEDDED, Encoder, build_model, normalised
 from retrieval.gallery import nearest
 from retrieval.parser import parse
+from retrieval.prompts import PROMPT
 from retrieval.small_trunk import NAME
 from retrieval.vocabulary import Vocabulary, pieces_used
 
@@ -52,6 +53,7 @@ class TrainingConfig:
     family: tuple[int, int] = (4, 2)  # scenes of a family: contents of its two varied cells
     rate: float = 2e-3            # AdamW, 50 steps of warm-up, then cosine to zero
     weight_decay: float = 0.02
+    composition_weight: float = 1.0   # 0: an encoder that knows captions only, as CLIP does
     caption_weight: float = 0.2   # of the caption loss: a grounding beside the main loss, not a rival to it
     checkpoint_every: int = 100   # steps
     width: int = 192              # D
@@ -63,6 +65,9 @@ class TrainingConfig:
         expect(self.steps >= 1, "TrainingConfig.steps", ">= 1", self.steps)
         expect(self.families >= 1, "TrainingConfig.families", ">= 1", self.families)
         expect(math.prod(self.family) >= 2, "TrainingConfig.family", "at least two scenes", self.family)
+        expect(min(self.composition_weight, self.caption_weight) >= 0 < self.composition_weight + self.caption_weight,
+               "TrainingConfig.composition_weight, caption_weight", "both >= 0, one above",
+               (self.composition_weight, self.caption_weight))
 
 
 PREPROCESS = PreprocessCfg(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
@@ -192,8 +197,9 @@ def _step(encoder: Encoder, optimiser: torch.optim.Optimizer, images: Tensor, ho
     found = model.encode_image(pixels).unflatten(0, images.shape[:2])   # (F, S, D)
     captions = holds @ model.encode_text(prompts)                       # (F, S, names) @ (names, D)
     scale = model.logit_scale.exp().clamp(max=100.0)                    # temperature at least 0.01
-    loss = composition_loss(found, captions, scale)
-    loss = loss + cfg.caption_weight * both_ways(found.flatten(0, 1), captions.flatten(0, 1), scale)
+    loss = cfg.caption_weight * both_ways(found.flatten(0, 1), captions.flatten(0, 1), scale)
+    if cfg.composition_weight:
+        loss = loss + cfg.composition_weight * composition_loss(found, captions, scale)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

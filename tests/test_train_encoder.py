@@ -12,9 +12,9 @@ from data.files import fingerprint
 from data.pictograms import NAMES
 from data.scenes import DEVELOPMENT, request_texts, retrieval_triplets
 from retrieval import train_encoder
-from retrieval.compose import PROMPT
 from retrieval.encoder import EMBEDDED, load_encoder
 from retrieval.parser import Modification
+from retrieval.prompts import PROMPT
 from retrieval.train_encoder import (
     TrainingConfig,
     both_ways,
@@ -124,6 +124,13 @@ def test_training_lowers_the_loss(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_without_the_composition_loss_only_captions_are_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_encoder, "composition_loss", None)  # a call would fail
+    card = train(tmp_path / "captions", cfg=replace(QUICK, composition_weight=0.0, caption_weight=1.0), checks=0,
+                 dev_queries=20)
+    assert card["config"]["composition_weight"] == 0.0
+
+
 def test_measure_agrees_with_a_plain_loop_on_the_text_only_and_composed_rows():
     encoder, _ = new_encoder(QUICK, seed=0)
     triplets = retrieval_triplets(DEVELOPMENT, seed=0, queries=20)
@@ -155,6 +162,9 @@ def test_a_folder_that_exists_and_senseless_settings_are_refused(tmp_path, refus
         TrainingConfig(families=0)
     with refuses(r"TrainingConfig.family: expected at least two scenes, found \(1, 1\)"):
         TrainingConfig(family=(1, 1))
+    for weights in ({"composition_weight": 0.0, "caption_weight": 0.0}, {"caption_weight": -1.0}):
+        with refuses("TrainingConfig.composition_weight, caption_weight: expected both >= 0, one above, found"):
+            TrainingConfig(**weights)
 
 
 def test_the_embedded_encoder_composes_names_and_scenes_it_never_saw_together():
