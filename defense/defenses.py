@@ -15,6 +15,7 @@ from defense import (
     attention_distillation,
     change_pruning,
     channel_lipschitz,
+    feature_map_pruning,
     fine_pruning,
     fine_tuning,
     implicit_unlearning,
@@ -40,6 +41,7 @@ DEFENSES: dict[str, tuple[ModuleType, type]] = {
     "rnp": (reconstructive_pruning, reconstructive_pruning.ReconstructivePruningConfig),
     "sau": (shared_unlearning, shared_unlearning.SharedUnlearningConfig),
     "nwc-fp": (change_pruning, change_pruning.ChangePruningConfig),
+    "fmp": (feature_map_pruning, feature_map_pruning.FeatureMapPruningConfig),
     "anp-oracle": (oracle_pruning, oracle_pruning.OraclePruningConfig),
 }
 # They see the triggered test images, in the setting `test`, which no file holds: never equals of the others.

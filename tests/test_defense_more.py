@@ -17,6 +17,7 @@ from defense.baseline import clean_accuracy
 from defense.change_pruning import ChangePruningConfig, change_order
 from defense.deadline import Deadline
 from defense.defenses import DEFENSES, ORACLES, defense_config
+from defense.feature_map_pruning import FeatureMapPruningConfig, least_accurate
 from defense.fine_pruning import FinePruningConfig
 from defense.fine_tuning import FineTuningConfig
 from defense.implicit_unlearning import ImplicitUnlearningConfig, hypergradient
@@ -51,12 +52,14 @@ QUICK = {"i-bau": ImplicitUnlearningConfig(rounds=1, batch=6, climb=1.0, rate=0.
          "rnp": ReconstructivePruningConfig(unlearning=FORGET, rate=5.0, batch=6, epochs=3, threshold=0.9),
          "sau": SharedUnlearningConfig(rounds=2, batch=6, rate=0.01, steps=2),
          "nwc-fp": ChangePruningConfig(FORGET, FinePruningConfig(drop=0.5, at_once=1, tuning=FineTuningConfig(
-             batch=6, epochs=3)))}
+             batch=6, epochs=3))),
+         "fmp": FeatureMapPruningConfig(images=4, tuning=FineTuningConfig(batch=6, epochs=3))}
 # What outlasts any deadline.
 SLOW = {"i-bau": {"rounds": 10**6, "batch": 6},
         "rnp": {"unlearning": {"batch": 6, "stop": 0.0}, "epochs": 10**6, "batch": 6},
         "sau": {"rounds": 10**6, "batch": 6, "steps": 1},
-        "nwc-fp": {"unlearning": {"batch": 6, "stop": 0.0}, "pruning": {"tuning": {"epochs": 10**6, "batch": 6}}}}
+        "nwc-fp": {"unlearning": {"batch": 6, "stop": 0.0}, "pruning": {"tuning": {"epochs": 10**6, "batch": 6}}},
+        "fmp": {"images": 4, "tuning": {"epochs": 10**6, "batch": 6}}}
 
 
 def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
@@ -140,7 +143,7 @@ def test_wrong_labels_are_named(name, refuses):
 
 
 def test_every_defense_has_its_name_and_defaults():
-    assert list(DEFENSES)[7:] == ["i-bau", "rnp", "sau", "nwc-fp", "anp-oracle"] and {"anp-oracle"} == ORACLES
+    assert list(DEFENSES)[7:] == ["i-bau", "rnp", "sau", "nwc-fp", "fmp", "anp-oracle"] and {"anp-oracle"} == ORACLES
     for name in list(DEFENSES)[7:]:
         assert defense_config(name, {}, "x") == DEFENSES[name][1]()
 
@@ -567,3 +570,82 @@ def test_an_oracle_without_its_images_is_refused(refuses):
     with refuses(r"OracleTest.labels: expected one for each of 40 images, found \(3,\)"):
         replace(test, labels=torch.arange(3)).like(a_model())
     assert test.like(a_model().float()).triggered.dtype == torch.float32
+
+
+# --- FMP -------------------------------------------------------------------------------------------------------
+
+def a_chain():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6),
+                              nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3)).double().eval()
+    with torch.no_grad():
+        model[-1].bias -= model(IMAGES).mean(0)
+    return model
+
+
+def accuracies_by_hand(model, layer, config, truth):
+    """Map by map, channel by channel; the layer is the last of the first `layer` + 1 modules of the chain."""
+    generator = started()
+    index = torch.randperm(12, generator=generator)[:config.images]
+    signs = torch.randint(2, IMAGES[index].shape, generator=generator) * 2 - 1
+    head, found = model[:layer + 1], []
+    for m in range(head[-1].out_channels):
+        start = IMAGES[index].clone()
+        for c in range(3):
+            low, high = IMAGES[:, c].min(), IMAGES[:, c].max()
+            start[:, c] = (start[:, c] + config.noise * (high - low) * signs[:, c]).clamp(low, high)
+        start.requires_grad_()
+        apart = nn.functional.mse_loss(head(start)[:, m], head(IMAGES[index])[:, m].detach())
+        (slope,) = torch.autograd.grad(apart, start)
+        moved = start.detach().clone()
+        for c in range(3):
+            low, high = IMAGES[:, c].min(), IMAGES[:, c].max()
+            moved[:, c] = (moved[:, c] + config.step * (high - low) * slope[:, c].sign()).clamp(low, high)
+        found.append((model(moved).argmax(1) == truth[index]).double().mean().item())
+    return found
+
+
+def test_maps_that_are_easily_turned_are_cut():
+    model = a_chain()
+    truth = model(IMAGES).argmax(1)
+    config = FeatureMapPruningConfig(images=10, noise=0.05, step=0.15, share=0.3,
+                                     tuning=FineTuningConfig(rate=1e-12, batch=12, epochs=1, statistics="running"))
+    found = defended("fmp", model, config, labels=truth)
+    plain = a_chain()
+    for layer, count in ((0, 2), (3, 1)):  # 0.3 of 8 and of 6, rounded down
+        accuracies = accuracies_by_hand(a_chain(), layer, config, truth)
+        assert len(set(accuracies)) > 2
+        cut = sorted(range(len(accuracies)), key=lambda m: accuracies[m])[:count]
+        for m in cut:
+            plain[layer].weight.data[m] = 0
+            plain[layer + 1].weight.data[m] = 0
+    assert_close(found.model, plain)  # tuned by next to nothing
+    assert found.details["pruned"] == 3 and found.details["layers"] == 2
+
+
+def test_of_maps_alike_the_first_is_cut_and_one_at_least():
+    accuracies = torch.tensor([0.5, 0.25, 0.25, 1.0])
+    assert least_accurate(accuracies, 1 / 64).tolist() == [1]
+    assert least_accurate(accuracies, 0.75).tolist() == [1, 2, 0]
+
+
+def test_layers_without_time_are_left():
+    clock = Clock(0.0)
+    model = a_chain()
+    model[3].register_forward_pre_hook(lambda module, inputs: setattr(clock, "seconds", clock.seconds + 1.0))
+    found = defended("fmp", model, replace(QUICK["fmp"], images=2), deadline=Deadline(12.0, clock=clock))
+    assert found.details["layers"] == 1 and not found.complete and found.losses and found.seconds <= 12
+
+
+def test_a_model_without_convolutions_has_no_maps(refuses):
+    with refuses(r"model: expected convolutions, whose feature maps are pruned, found none"):
+        defended("fmp", nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double())
+
+
+def test_bad_settings_of_map_pruning_are_named(refuses):
+    for message, settings in [(r".images: expected > 0, found 0", {"images": 0}),
+                              (r" noise, step: expected > 0, found \(0, 0.0039.*\)", {"noise": 0}),
+                              (r".share: expected in \(0, 1\), found 1", {"share": 1})]:
+        with refuses("FeatureMapPruningConfig" + message):
+            FeatureMapPruningConfig(**settings)
