@@ -1,11 +1,12 @@
 """The organizers' two functions: a request and its image, and the images of the database, as unit vectors.
 
-Cosine and argmax between the two, done by the judge, give the answer.
+Cosine and argmax between the two, done by the judge, give the answer. Which nets are used: `retrieval.nets`.
 """
 from __future__ import annotations
 
 import os
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,23 +19,21 @@ from data.errors import InputError, expect
 from data.images import read_rgb
 from retrieval.composer import Composer, load_composer
 from retrieval.encoder import EMBEDDED, Encoder, load_encoder
-from retrieval.parser import parse
+from retrieval.nets import chosen_folder, read_requests
 
 
 def encode_queries(df: pd.DataFrame) -> np.ndarray:
     """Where the answer to each row should lie: (Q, D) float32, unit length, in the order of the rows.
 
-    df: `query_image`, paths ready to open, and `query_text`. An empty text asks for the query image itself. No rows
-    give (0, D). Errors: a missing column, an image that cannot be read (named with its row).
+    df: `query_image`, paths ready to open, and `query_text`. An empty text asks for the query image itself; of one
+    that is longer than the parser reads, a warning names the row. No rows give (0, D). Errors: a missing column, an
+    image that cannot be read (named with its row).
     """
     _expect_columns(df, "query_image", "query_text")
-    encoder = _encoder(chosen_device())
-    texts = ["" if pd.isna(text) else str(text) for text in df["query_text"]]
-    asked = [row for row, text in enumerate(texts) if text.strip()]
-    added, removed = [()] * len(texts), [()] * len(texts)
-    for row, change in zip(asked, parse([texts[row] for row in asked]) if asked else [], strict=True):
-        added[row], removed[row] = change.add, change.remove
-    return _array(_composer(chosen_device()).queries(_encode_files(encoder, df["query_image"]), added, removed))
+    requests = read_requests(df["query_text"])
+    images = _encode_files(_encoder(chosen_device()), df["query_image"])
+    added, removed = [request.add for request in requests], [request.remove for request in requests]
+    return _array(_composer(chosen_device()).queries(images, added, removed))
 
 
 def encode_database(df: pd.DataFrame) -> np.ndarray:
@@ -48,14 +47,19 @@ def encode_database(df: pd.DataFrame) -> np.ndarray:
     return _array(_composer(chosen_device()).gallery(images))
 
 
-@lru_cache(maxsize=1)
 def _encoder(device: torch.device) -> Encoder:
-    return load_encoder(device=device)
+    return _loaded(chosen_folder("encoder"), device)[0]
+
+
+def _composer(device: torch.device) -> Composer:
+    return _loaded(chosen_folder("encoder"), device)[1]
 
 
 @lru_cache(maxsize=1)
-def _composer(device: torch.device) -> Composer:
-    return load_composer(EMBEDDED, _encoder(device))
+def _loaded(folder: Path | None, device: torch.device) -> tuple[Encoder, Composer]:
+    # without a folder none is passed on: a submission puts its own loader in place of this one
+    encoder = load_encoder(device=device) if folder is None else load_encoder(folder, device=device)
+    return encoder, load_composer(folder or EMBEDDED, encoder)
 
 
 def _encode_files(encoder: Encoder, column: pd.Series) -> Tensor:

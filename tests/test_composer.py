@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from data.images import read_rgb
 from data.scenes import write_retrieval_split
-from retrieval import predict
+from retrieval import nets, predict
 from retrieval.compose import PUBLISHED, ComposerConfig, Statistics, compose, gallery_vectors
 from retrieval.composer import Composer, load_composer, save_composer
 from retrieval.encoder import load_encoder
@@ -116,7 +116,7 @@ def test_the_organizers_functions_compose_as_the_composer_says(tmp_path, monkeyp
     config = ComposerConfig(hub_sharpness=5.0, add_weight=0.8)
     bank = Statistics(bank=normalize(randn(7, encoder.width, seed=4), dim=-1))
     monkeypatch.setenv("KIT_DEVICE", "cpu")
-    monkeypatch.setattr(predict, "parse", lambda texts: [Modification(add=("blue fish",), remove=())] * len(texts))
+    monkeypatch.setattr(nets, "parse", lambda texts: [Modification(add=("blue fish",), remove=())] * len(texts))
     monkeypatch.setattr(predict, "_composer", lambda device: Composer(TextCache(encoder.encode_texts), config, bank))
     scores = encode_queries(rows) @ encode_database(rows).T
     queries, targets = ([read_rgb(path) for path in rows[c]] for c in ("query_image", "target_image"))

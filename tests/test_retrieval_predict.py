@@ -1,4 +1,6 @@
 """The organizers' two functions, with a stand-in parser and encoder where the real ones would only hide a mistake."""
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,13 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data.images import read_rgb
 from data.scenes import retrieval_triplets, write_retrieval_split
-from retrieval import predict
+from retrieval import nets, predict
 from retrieval.compose import PROMPT
-from retrieval.encoder import load_encoder
-from retrieval.parser import Modification
+from retrieval.encoder import EMBEDDED, build_model, load_encoder
+from retrieval.parser import LABELS, Modification, parse
 from retrieval.predict import encode_database, encode_queries
 
 
@@ -42,7 +45,8 @@ def true_parser(monkeypatch):
         return [known.get(text, Modification(add=("green mug",), remove=())) for text in texts]
 
     monkeypatch.setenv("KIT_DEVICE", "cpu")
-    monkeypatch.setattr(predict, "parse", parse)
+    monkeypatch.setattr(nets, "parse", parse)
+    monkeypatch.delenv(nets.WEIGHTS, raising=False)
     return SimpleNamespace(known=known, calls=calls)
 
 
@@ -151,3 +155,131 @@ def test_the_model_is_loaded_once(rows, monkeypatch):
     encode_database(rows.head(1))
     monkeypatch.setattr(predict, "load_encoder", None)  # a second load would fail
     encode_queries(rows.head(1))
+
+
+# --- texts
+
+def test_a_text_that_is_too_long_is_named_by_its_row(rows, monkeypatch):
+    monkeypatch.setattr(nets, "parse", parse)  # the real one
+    frame = rows.head(3).set_index(pd.Index([20, 21, 22]))
+    frame["query_text"] = ["add a lamp", "", "add a lamp " + "and then a lamp " * 200]
+    with pytest.warns(UserWarning, match=r"^text in row 22: \d+ sub-words, only the first \d+ are read$"):
+        found = encode_queries(frame)
+    np.testing.assert_allclose(found[0], encode_queries(frame.iloc[:1])[0], atol=1e-5)
+
+
+def test_requests_keep_the_order_of_their_rows(true_parser):
+    true_parser.known |= {"a": Modification(add=("cup",)), "b": Modification(remove=("pan",))}
+    texts = pd.Series(["b", None, "a", "  ", "b"], index=[3, 3, 1, 0, 9])  # labels may repeat
+    empty = Modification()
+    assert nets.read_requests(texts) == [true_parser.known["b"], empty, true_parser.known["a"], empty,
+                                         true_parser.known["b"]]
+    assert nets.read_requests(texts.head(0)) == []
+
+
+# --- images
+
+def solid(size, *boxes):
+    """White, with boxes (colour, left, top, right, bottom)."""
+    image = Image.new("RGB", size, "white")
+    for colour, *box in boxes:
+        image.paste(colour, tuple(box))
+    return image
+
+
+def test_an_image_on_its_side_is_read_upright(tmp_path):
+    upright = solid((40, 60), ("red", 0, 0, 40, 15), ("blue", 0, 30, 20, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png")
+    paths = [tmp_path / f"{name}.png" for name in ("side", "upright", "turned")]
+    found = encode_database(pd.DataFrame({"target_image": paths}))
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 0.01
+
+
+def encoder_folder(folder, resize_mode):
+    """A tiny encoder with random weights that sees 32 x 32 pixels; named as the hub names its files."""
+    config = {"embed_dim": 12, "custom_text": True,
+              "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32},
+              "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}}
+    preprocess = {"size": 32, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "resize_mode": resize_mode,
+                  "fill_color": 255}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_model(config)
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file({name: w.contiguous() for name, w in model.state_dict().items()},
+              folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest"])
+def test_an_image_that_is_not_square_is_cropped_or_padded_as_the_encoder_says(tmp_path, monkeypatch, resize_mode):
+    ends = (("red", 0, 0, 16, 32), ("blue", 80, 0, 96, 32))  # of an image three times as wide as high
+    solid((96, 32), ("black", 40, 8, 56, 24), *ends).save(tmp_path / "wide.png")
+    solid((96, 32), ("black", 40, 8, 56, 24)).save(tmp_path / "bare.png")
+    solid((32, 32), ("black", 8, 8, 24, 24)).save(tmp_path / "cropped.png")
+    encoder_folder(tmp_path / "nets" / "encoder", resize_mode)
+    monkeypatch.setenv(nets.WEIGHTS, str(tmp_path / "nets"))
+    paths = [tmp_path / f"{name}.png" for name in ("wide", "bare", "cropped")]
+    found = encode_database(pd.DataFrame({"target_image": paths}))
+    seen = [np.abs(found[0] - other).max() < 1e-6 for other in found[1:]]
+    assert seen == ([True, True] if resize_mode == "shortest" else [False, False])
+
+
+# --- other weights
+
+@pytest.fixture
+def other_nets(tmp_path, monkeypatch):
+    """A folder with another encoder, and a parser that finds nothing in any text."""
+    encoder_folder(tmp_path / "nets" / "encoder", "longest")
+    embedded = EMBEDDED.with_name("parser")
+    shutil.copytree(embedded, tmp_path / "nets" / "parser")
+    weights = load_file(embedded / "model.safetensors")
+    weights["classifier.bias"] = torch.tensor([100.0] + [0.0] * (len(LABELS) - 1)).to(weights["classifier.bias"])
+    save_file(weights, tmp_path / "nets" / "parser" / "model.safetensors")
+    monkeypatch.setenv(nets.WEIGHTS, str(tmp_path / "nets"))
+    return tmp_path / "nets"
+
+
+def test_weights_of_a_folder_take_the_place_of_the_embedded_ones(rows, other_nets, true_parser):
+    found = encode_queries(rows.head(4))
+    encoder = load_encoder(other_nets / "encoder", device="cpu")
+    wanted = torch.nn.functional.normalize(encoder.encode_images([read_rgb(p) for p in rows["query_image"][:4]]))
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)  # nothing found in the texts: the query images
+    assert true_parser.calls == []  # not the embedded one
+    assert nets.read_requests(pd.Series(["add a red star"])) == [Modification()]
+
+
+@pytest.mark.parametrize("left_out", ["encoder", "parser"])
+def test_a_part_that_the_folder_lacks_is_the_embedded_one(rows, other_nets, true_parser, left_out):
+    shutil.rmtree(other_nets / left_out)
+    embedded = load_encoder(device="cpu").width
+    assert encode_queries(rows.head(2)).shape == (2, embedded if left_out == "encoder" else 12)
+    assert len(true_parser.calls) == (left_out == "parser")
+
+
+def test_the_embedded_weights_are_back_when_no_folder_is_named(rows, other_nets, monkeypatch):
+    assert encode_database(rows.head(1)).shape == (1, 12)
+    monkeypatch.setenv(nets.WEIGHTS, "")
+    assert encode_database(rows.head(1)).shape == (1, load_encoder(device="cpu").width)
+
+
+@pytest.mark.parametrize("name", ["absent", ""])
+def test_a_folder_without_either_part_is_refused(rows, tmp_path, monkeypatch, refuses, name):
+    monkeypatch.setenv(nets.WEIGHTS, str(tmp_path / name))
+    with refuses(f"{tmp_path / name}: expected a folder encoder/ or parser/ in it, found neither"):
+        encode_database(rows)
+
+
+def test_an_incomplete_part_is_named(rows, other_nets, refuses):
+    (other_nets / "encoder" / "open_clip_model.safetensors").unlink()
+    with refuses(f"{other_nets}/encoder: expected a file model.safetensors or open_clip_model.safetensors"):
+        encode_database(rows)
+    (other_nets / "parser" / "tokenizer.json").unlink()
+    with refuses(f"{other_nets}/parser/tokenizer.json: expected a file of a trained parser, found nothing"):
+        nets.read_requests(rows["query_text"])
