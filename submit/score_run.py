@@ -37,6 +37,8 @@ class Outcome:
     dev: bool  # scored on the built-in split
     problems: tuple[InputError, ...]
     fresh: Units | None  # predictions of this run, still locked
+    data: Path
+    predictions: Path | None  # given ones; those of this run come to lie in its folder
 
 
 def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | None, seed: int, device: str,
@@ -66,7 +68,7 @@ def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | 
         stack.pop_all()  # stays locked until `finish_run` moves it
     seconds = time.perf_counter() - start + saved_seconds
     where = place(result.value, rules(task).leaderboard)
-    return Outcome(task, result, seconds, where, data is None, problems + result.problems, units)
+    return Outcome(task, result, seconds, where, data is None, problems + result.problems, units, folder, predictions)
 
 
 def _predict(task: str, module: ModuleType, split: Split, units: Units, progress: Progress) -> dict[str, InputError]:
@@ -121,5 +123,6 @@ def _result_record(outcome: Outcome) -> dict:
     return {"task": outcome.task, "metric": rules(outcome.task).metric, "value": result.value,
             "interval_95": list(result.interval), "n": result.n, "counted": result.counted,
             "seconds": round(outcome.seconds, 3), "place_in_top_10": outcome.place, "dev_split": outcome.dev,
-            **result.extra, "notes": list(result.notes), "problems": [str(p) for p in outcome.problems],
-            "parts": result.parts}
+            "data": str(outcome.data.resolve()),
+            "predictions": str(outcome.predictions.resolve()) if outcome.predictions else None, **result.extra,
+            "notes": list(result.notes), "problems": [str(p) for p in outcome.problems], "parts": result.parts}

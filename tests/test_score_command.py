@@ -109,6 +109,7 @@ def test_retrieval_is_predicted_scored_and_recorded(capsys, scenes, tmp_path):
     record = json.loads(next((tmp_path / "runs").glob("*-score-retrieval/record.json")).read_text())
     result = record["results"][0]
     assert result["value"] == pytest.approx(200 / 3) and result["dev_split"] is False
+    assert result["data"] == str(scenes.resolve()) and result["predictions"] is None
     assert [part["correct"] for part in result["parts"]] == [True, True, False]
     assert record["environment"]["versions"]["torch"] and record["seed"] == 0
     assert not list((tmp_path / "runs" / "unfinished").iterdir())  # finished work is not found again by surprise
