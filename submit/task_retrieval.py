@@ -38,7 +38,7 @@ def predict(name: str, frame: pd.DataFrame, folder: Path) -> None:
 def evaluate(split: Split, folder: Path, seed: int) -> Result:
     """Score `query_embeddings.npy` and `database_embeddings.npy` (or their shards) in `folder`."""
     found: RetrievalSet = split.data
-    queries, database = (_read_embeddings(folder, side) for side in SIDES)
+    queries, database = (read_embeddings(folder, side) for side in SIDES)
     for side, rows, frame in zip(SIDES, (queries, database), (found.queries, found.database), strict=True):
         expect(len(rows) == len(frame), folder / f"{side}.npy", f"{len(frame)} rows", len(rows))
     best = best_matches(queries, database)
@@ -59,7 +59,7 @@ def _query_wins(found: RetrievalSet, best: np.ndarray, correct: np.ndarray) -> f
     return 100 * float(((images == found.queries["query_image"].to_numpy()) & ~correct).mean())
 
 
-def _read_embeddings(folder: Path, side: str) -> np.ndarray:
+def read_embeddings(folder: Path, side: str) -> np.ndarray:
     """One array, or its shards in order. Arrays of Python objects are refused (they could run code)."""
     whole = folder / f"{side}.npy"
     files = [whole] if whole.exists() else sorted(folder.glob(f"{side}-*.npy"))
