@@ -51,13 +51,18 @@ class Encoder:
         images: RGB images of any size, or (N, 3, S, S) uint8 of the model's own size S, or anything that `opened`
         makes an RGB image of (it runs in threads, a bounded number ahead of the model).
         """
+        found = [self.model.encode_image(block).float() for block in self.inputs(images, opened=opened)]
+        return torch.cat(found) if found else self._nothing()
+
+    def inputs(self, images: Iterable | Tensor, *, opened: Callable[..., Image.Image] = lambda image: image
+               ) -> Iterator[Tensor]:
+        """What the image tower takes, in blocks (up to 64, 3, S, S) on its device; images as for `encode_images`."""
         if isinstance(images, Tensor):
-            inputs = (self._normalised(block) for block in images.split(IMAGE_BLOCK))
+            blocks = (self._normalised(block) for block in images.split(IMAGE_BLOCK))
         else:
             prepared = in_order(lambda image: self._to_input(opened(image)), images)
-            inputs = (torch.stack(block) for block in _blocks(prepared, IMAGE_BLOCK))
-        found = [self.model.encode_image(block.to(self.device)).float() for block in inputs]
-        return torch.cat(found) if found else self._nothing()
+            blocks = (torch.stack(block) for block in _blocks(prepared, IMAGE_BLOCK))
+        return (block.to(self.device) for block in blocks)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -110,7 +115,7 @@ def build_model(model_cfg: dict) -> nn.Module:
 def load_encoder(folder: Path | None = None, *, device: torch.device | str) -> Encoder:
     """The encoder of a folder: configuration, weights, and the vocabulary if it is cut. None: the embedded one."""
     folder = EMBEDDED if folder is None else Path(folder)
-    config_file, weights_file = _one_of(folder, CONFIGS), _one_of(folder, WEIGHTS)
+    config_file, weights_file = one_of(folder, CONFIGS), one_of(folder, WEIGHTS)
     config = json.loads(config_file.read_text())
     with torch.random.fork_rng(devices=[]):  # the random start is replaced at once
         model = build_model(config["model_cfg"])
@@ -133,7 +138,8 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], where: object) -> 
     model.load_state_dict(state, strict=True)
 
 
-def _one_of(folder: Path, names: Sequence[str]) -> Path:
+def one_of(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that lies in the folder; none is an error."""
     for name in names:
         if (folder / name).is_file():
             return folder / name

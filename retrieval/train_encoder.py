@@ -19,7 +19,6 @@ import torch
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
 
 from data.errors import expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
@@ -38,6 +37,7 @@ from data.scenes import (
 from retrieval.compose import compose
 from retrieval.encoder import EMBEDDED, Encoder, build_model, normalised
 from retrieval.gallery import nearest
+from retrieval.info_nce import both_ways
 from retrieval.parser import parse
 from retrieval.prompts import PROMPT
 from retrieval.small_trunk import NAME
@@ -107,13 +107,6 @@ def composition_loss(images: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
     losses = [both_ways((without.roll(shift, 1) + captions).flatten(0, 1), gallery, scale)
               for shift in range(1, images.shape[1])]
     return torch.stack(losses).mean()
-
-
-def both_ways(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE of matching rows (N, D), mean of both directions; cosines times `scale`."""
-    logits = scale * normalize(one, dim=-1) @ normalize(other, dim=-1).T
-    own = torch.arange(len(logits), device=logits.device)
-    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 
 
 def train(folder: Path, *, seed: int = 0, cfg: TrainingConfig | None = None,

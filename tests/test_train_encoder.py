@@ -13,11 +13,11 @@ from data.pictograms import NAMES
 from data.scenes import DEVELOPMENT, request_texts, retrieval_triplets
 from retrieval import train_encoder
 from retrieval.encoder import EMBEDDED, load_encoder
+from retrieval.info_nce import both_ways
 from retrieval.parser import Modification
 from retrieval.prompts import PROMPT
 from retrieval.train_encoder import (
     TrainingConfig,
-    both_ways,
     composition_loss,
     development_figures,
     draw_batch,
