@@ -111,6 +111,20 @@ def package(
     write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
 
 
+@app.command(epilog="Example: python -m submit check my_detector")
+def check(
+    path: Annotated[Path, typer.Argument(help="Folder or zip of a submission.")],
+    task: Annotated[OneTask | None, typer.Option(help="Default: the task whose files lie there.")] = None,
+    resolve: Annotated[bool, typer.Option("--resolve", help="Also ask pip whether it finds the requirements.")] = False,
+    rules: RulesFolder = None, json: Json = False,
+) -> None:
+    """Look a submission through for everything that a judge would refuse, one line a result; runs nothing of it."""
+    from submit.ship_commands import check as look_through
+
+    broken = look_through(path, task=task and task.value, resolve=resolve, rules=rules, as_json=json)
+    raise typer.Exit(1 if broken else 0)
+
+
 @zoo_app.command("build", epilog="Example: python -m submit zoo build --recipe tiny --out zoos/mine")
 def zoo_build(
     out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],

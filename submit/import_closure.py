@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import InputError
+from data.errors import InputError, expect
 
+LARGEST = 10**7  # bytes of a source file that is read
 ASSET = re.compile(r"\w[\w.-]*")  # a plain name of a file or folder
 
 
@@ -59,6 +60,8 @@ def import_closure(entries: dict[str, Path], root: Path) -> Closure:
 
 def parsed(file: Path) -> ast.Module:
     """The syntax tree of a source file; one that is no Python is named."""
+    size = file.stat().st_size
+    expect(size <= LARGEST, f"{file}:1", f"Python source of at most {LARGEST} bytes", f"{size} bytes")
     try:
         return ast.parse(file.read_bytes(), filename=str(file))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -66,6 +66,7 @@ class Rules:
     environment: dict[str, str] = field(default_factory=dict)  # variables of the judge
     forbidden: dict[str, list[str]] = field(default_factory=dict)  # kind -> patterns of imported names
     imported_as: dict[str, str] = field(default_factory=dict)  # module -> distribution, where the names differ
+    installed: tuple[str, ...] = ()  # distributions that the judge has already, as in `requirements`
     image: str = ""  # the judge's container
 
 
