@@ -67,10 +67,14 @@ def score(
              "split.")] = None,
     predictions: Annotated[Path | None, typer.Option(
         help="Score the outputs in this folder instead of predicting; for `all`, a folder per task.")] = None,
+    explain: Annotated[bool, typer.Option(
+        "--explain", help="Of retrieval: record what each text was read as, the five best images and the target's "
+                          "rank; show the worst.")] = False,
     preset: Annotated[str, typer.Option(
         help="Settings of the anomaly task: embedded, musc, report or musc-v2.")] = "embedded",
     weights: Annotated[Path | None, typer.Option(
-        help="Folder of the weights that a preset needs: DIR/<timm name of the net>/model.safetensors.")] = None,
+        help="Folder of weights: DIR/<timm name of the net>/model.safetensors for a preset; DIR/encoder and DIR/parser "
+             "(or one of them) for retrieval.")] = None,
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Predict and score a task as the organizers do. An interrupted run goes on when it is started again."""
@@ -78,7 +82,9 @@ def score(
     from submit.tables import print_outcomes, print_record, unit_progress
 
     device = _use_device(device)
-    settings = _use_preset(task, preset, weights)
+    if explain and task not in (Task.retrieval, Task.all):
+        raise InputError(f"--explain: expected with retrieval or all, found {task.value}")
+    settings = _use_weights(task, preset, weights)
     run = _new_run(runs, f"score-{task.value}")
     tasks = TASKS if task is Task.all else (task.value,)
     with ExitStack() as stack:
@@ -87,7 +93,8 @@ def score(
             inside = Path(name if task is Task.all else "")
             outcome = score_task(name, runs, data=data and data / inside,
                                  predictions=predictions and predictions / inside,
-                                 seed=seed, device=device, settings=settings, progress=progress)
+                                 seed=seed, device=device, settings=settings, progress=progress,
+                                 explain=explain and name == "retrieval")
             if outcome.fresh:
                 stack.callback(outcome.fresh.close)
             outcomes.append(outcome)
@@ -197,19 +204,39 @@ def _use_device(name: str) -> str:
     return str(chosen_device())
 
 
-def _use_preset(task: Task, name: str, weights: Path | None) -> tuple[str, ...]:
-    """Make a preset the one that the anomaly task's predict function uses; what its predictions depend on."""
-    if task not in (Task.anomaly, Task.all):
-        if weights or name != "embedded":
-            raise InputError(f"--preset, --weights: expected with anomaly or all, found {task.value}")
-        return ()
+def _use_weights(task: Task, preset: str, weights: Path | None) -> tuple[str, ...]:
+    """Make a preset and weights those that the predict functions use; what predictions depend on."""
+    if preset != "embedded" and task not in (Task.anomaly, Task.all):
+        raise InputError(f"--preset: expected with anomaly or all, found {task.value}")
+    if weights and task is Task.backdoor:
+        raise InputError(f"--weights: expected with retrieval, anomaly or all, found {task.value}")
+    files: list[Path] = []
+    if task in (Task.retrieval, Task.all):
+        files += _use_retrieval_weights(weights, needed=task is Task.retrieval)
+    if task in (Task.anomaly, Task.all):
+        files += _use_preset(preset, weights)
+    stats = [(file, file.stat()) for file in files]
+    return (preset, *(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats))
+
+
+def _use_preset(name: str, weights: Path | None) -> tuple[Path, ...]:
+    """The files of an anomaly preset, which its predict function will read."""
     from anomaly.predict import PRESET, WEIGHTS
     from anomaly.presets import preset, weight_files
 
     files = weight_files(preset(name), weights)
     os.environ[PRESET], os.environ[WEIGHTS] = name, str(weights.resolve()) if weights else ""
-    stats = [(file, file.stat()) for file in files]
-    return (name, *(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats))
+    return files
+
+
+def _use_retrieval_weights(weights: Path | None, *, needed: bool) -> list[Path]:
+    """The files of encoder and parser in a folder of weights; it may hold neither unless they are needed."""
+    from retrieval.nets import PARTS, WEIGHTS, weight_folders
+
+    asked = weights is not None and (needed or any((weights / part).is_dir() for part in PARTS))
+    folders = weight_folders(weights if asked else None)
+    os.environ[WEIGHTS] = str(weights.resolve()) if folders else ""
+    return sorted(file for folder in folders.values() for file in folder.rglob("*") if file.is_file())
 
 
 def _new_run(runs: Path, name: str) -> Path:

@@ -42,10 +42,11 @@ class Outcome:
 
 
 def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | None, seed: int, device: str,
-               progress: Progress, settings: tuple[str, ...]) -> Outcome:
+               progress: Progress, settings: tuple[str, ...], explain: bool = False) -> Outcome:
     """Score one task, after predicting into `runs/unfinished` unless `predictions` holds the outputs.
 
-    settings: what else the predictions depend on; unfinished ones of other settings are not gone on with.
+    settings: what else the predictions depend on; unfinished ones of other settings are not gone on with. explain: the
+    parts of the result also say how they came about, where the task's module can tell.
     """
     module = import_module(f"submit.task_{task}")
     folder = data or dev_split(task, seed)
@@ -65,6 +66,8 @@ def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | 
             problems += tuple(failed.values())
             expect(split.units, folder, "at least one part that can be scored", next(iter(failed.values()), "none"))
         result = module.evaluate(split, predictions or units.folder, seed)
+        if explain:
+            result = module.explained(result, split, predictions or units.folder, own=predictions is None)
         stack.pop_all()  # stays locked until `finish_run` moves it
     seconds = time.perf_counter() - start + saved_seconds
     where = place(result.value, rules(task).leaderboard)

@@ -1,6 +1,8 @@
 """The three scores of the contest, as its organizers compute them."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from data.errors import expect
@@ -15,13 +17,41 @@ BLOCK = 1024  # queries compared with the whole database at a time
 
 def best_matches(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
     """Index (Q,) of the database row of highest cosine similarity for each query; the first among equals."""
+    return np.concatenate([cosines.argmax(1) for _, cosines in _cosine_blocks(queries, database)])
+
+
+def ranked_matches(queries: np.ndarray, database: np.ndarray, targets: np.ndarray, n: int
+                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The n best database rows of each query and where its target stands; `best_matches` are the first of each.
+
+    queries (Q, D), database (G, D), targets (Q,) rows of the database. Returns cosines and rows, (Q, min(n, G)) each,
+    best first, and ranks (Q,), from 1; among equals the first row stands first.
+    """
+    found = []
+    for part, cosines in _cosine_blocks(queries, database):
+        own = np.take_along_axis(cosines, targets[part, None], 1)  # of the targets: (B, 1)
+        before = np.arange(len(database)) < targets[part, None]
+        ranks = 1 + ((cosines > own) | ((cosines == own) & before)).sum(1)
+        rows = np.empty((len(cosines), min(n, len(database))), np.int64)
+        scores = np.empty(rows.shape)
+        for place in range(rows.shape[1]):
+            rows[:, place] = cosines.argmax(1)
+            scores[:, place] = cosines.max(1)
+            np.put_along_axis(cosines, rows[:, place, None], -np.inf, 1)
+        found.append((scores, rows, ranks))
+    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
+
+
+def _cosine_blocks(queries: np.ndarray, database: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Which queries, and their cosines with the whole database in float64: (B, G)."""
     _check_embeddings("query embeddings", queries)
     _check_embeddings("database embeddings", database)
     expect(queries.shape[1] == database.shape[1], "query embeddings", f"width {database.shape[1]}, as the "
            "database has", queries.shape[1])
     unit = _unit_rows(database).T
-    blocks = [(_unit_rows(queries[i:i + BLOCK]) @ unit).argmax(1) for i in range(0, len(queries), BLOCK)]
-    return np.concatenate(blocks)
+    for i in range(0, len(queries), BLOCK):
+        part = slice(i, i + BLOCK)
+        yield part, _unit_rows(queries[part]) @ unit
 
 
 def _check_embeddings(where: str, rows: np.ndarray) -> None:

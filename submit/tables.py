@@ -110,12 +110,29 @@ def _margins(margins: list[float], suspect: int | None) -> str:
 
 
 def _query_table(parts: list[dict]) -> Table | None:
+    """The first missed queries or, where they are explained, those whose target stands last."""
     missed = [part for part in parts if not part["correct"]]
     if not missed:
         return None
+    if "rank" in missed[0]:
+        return _worst_queries(sorted(missed, key=lambda part: -part["rank"])[:8], len(missed))
     table = Table("row", "query text", "target", "found instead", title=f"first of {len(missed)} missed")
     for part in missed[:8]:
         table.add_row(str(part["row"]), part["query"], part["target"], part["found"])
+    return table
+
+
+def _worst_queries(parts: list[dict], missed: int) -> Table:
+    table = Table("row", "query text", title=f"worst of {missed} missed")
+    if "added" in parts[0]:
+        table.add_column("read as")
+    table.add_column("rank of target", justify="right")
+    for name in ("target", "found instead"):
+        table.add_column(name)
+    for part in parts:
+        objects = [f"+ {name}" for name in part.get("added", [])] + [f"- {name}" for name in part.get("removed", [])]
+        read = ["\n".join(objects) or "nothing"] if "added" in part else []
+        table.add_row(str(part["row"]), part["query"], *read, str(part["rank"]), part["target"], part["found"])
     return table
 
 

@@ -1,6 +1,7 @@
 """Task 1 from a folder with a CSV to top-1 accuracy. Predictions are two arrays of embeddings."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from data.files import npy_bytes, write_atomic
 from data.retrieval_set import RetrievalSet, read_retrieval_set
 from submit.intervals import share_interval
 from submit.results import Result, Split
-from submit.scoring import best_matches
+from submit.scoring import best_matches, ranked_matches
 
 SHARD = 256  # rows encoded between two savings
+BEST = 5  # images that an explanation shows
 SIDES = ("query_embeddings", "database_embeddings")
 
 
@@ -38,9 +40,7 @@ def predict(name: str, frame: pd.DataFrame, folder: Path) -> None:
 def evaluate(split: Split, folder: Path, seed: int) -> Result:
     """Score `query_embeddings.npy` and `database_embeddings.npy` (or their shards) in `folder`."""
     found: RetrievalSet = split.data
-    queries, database = (read_embeddings(folder, side) for side in SIDES)
-    for side, rows, frame in zip(SIDES, (queries, database), (found.queries, found.database), strict=True):
-        expect(len(rows) == len(frame), folder / f"{side}.npy", f"{len(frame)} rows", len(rows))
+    queries, database = _both_embeddings(folder, found)
     best = best_matches(queries, database)
     correct = best == np.array(found.targets)
     images = [Path(p).name for p in found.database["target_image"]]
@@ -51,6 +51,34 @@ def evaluate(split: Split, folder: Path, seed: int) -> Result:
              "missed_for_the_query_image": _query_wins(found, best, correct)}
     return Result(100 * float(correct.mean()), share_interval(correct, seed), len(correct), "queries", parts,
                   extra=extra)
+
+
+def explained(result: Result, split: Split, folder: Path, *, own: bool) -> Result:
+    """The result with, for each query, its best images and their cosines, the rank of its target, and, where the
+    embeddings are our own, the objects that its text was read as."""
+    from retrieval.nets import read_requests
+
+    found: RetrievalSet = split.data
+    queries, database = _both_embeddings(folder, found)
+    cosines, best, ranks = ranked_matches(queries, database, np.array(found.targets), BEST)
+    images = [Path(p).name for p in found.database["target_image"]]
+    parts = [part | {"rank": int(rank), "best": [{"image": images[b], "cosine": round(float(c), 4)}
+                                                 for b, c in zip(row, scores, strict=True)]}
+             for part, rank, row, scores in zip(result.parts, ranks, best, cosines, strict=True)]
+    if own:
+        requests = read_requests(found.queries["query_text"])
+        parts = [part | {"added": list(request.add), "removed": list(request.remove)}
+                 for part, request in zip(parts, requests, strict=True)]
+    among = {f"target_among_best_{BEST}": 100 * float((ranks <= BEST).mean())}
+    return replace(result, parts=parts, extra=result.extra | among)
+
+
+def _both_embeddings(folder: Path, found: RetrievalSet) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of queries and database, as many as there are rows."""
+    queries, database = (read_embeddings(folder, side) for side in SIDES)
+    for side, rows, frame in zip(SIDES, (queries, database), (found.queries, found.database), strict=True):
+        expect(len(rows) == len(frame), folder / f"{side}.npy", f"{len(frame)} rows", len(rows))
+    return queries, database
 
 
 def _query_wins(found: RetrievalSet, best: np.ndarray, correct: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import anomaly.predict
 import backdoor_detection.detection
+import retrieval.nets
 import retrieval.predict
 from anomaly.score_files import write_scores
 from backdoor_detection.detection import Detection
@@ -19,10 +20,11 @@ from data.anomaly_tree import read_tree
 from data.errors import InputError
 from data.files import write_json
 from data.model_zoo import read_zoo
-from submit.cli import main
+from retrieval.parser import Modification
+from submit.cli import Task, _use_weights, main
 from submit.dev_splits import dev_split
 from submit.score_run import score_task
-from submit.tables import _margins
+from submit.tables import _margins, _query_table
 
 CALLS: list[str] = []
 ZOO = dev_split("backdoor", 0)
@@ -387,11 +389,71 @@ def test_a_preset_that_cannot_run_is_named(capsys, parts, options, message):
     assert (status, out, err) == (2, "", f"error: {message}\n")
 
 
-def test_a_preset_of_another_task_is_refused(capsys):
-    for options in (("--preset", "musc"), ("--weights", "nets")):
-        status, out, err = run(capsys, "score", "retrieval", *options)
-        assert (status, out) == (2, "")
-        assert err == "error: --preset, --weights: expected with anomaly or all, found retrieval\n"
+@pytest.mark.parametrize(("task", "options", "message"), [
+    ("retrieval", ("--preset", "musc"), "--preset: expected with anomaly or all, found retrieval"),
+    ("backdoor", ("--preset", "musc"), "--preset: expected with anomaly or all, found backdoor"),
+    ("backdoor", ("--weights", "nets"), "--weights: expected with retrieval, anomaly or all, found backdoor"),
+    ("retrieval", ("--weights", "nets"), "nets: expected a folder encoder/ or parser/ in it, found neither"),
+    ("anomaly", ("--explain",), "--explain: expected with retrieval or all, found anomaly"),
+])
+def test_an_option_of_another_task_is_refused(capsys, task, options, message):
+    assert run(capsys, "score", task, *options) == (2, "", f"error: {message}\n")
+
+
+def test_weights_reach_the_retrieval_task(capsys, scenes, monkeypatch, tmp_path):
+    quick, seen = retrieval.predict.encode_queries, []
+    monkeypatch.setattr(retrieval.predict, "encode_queries",
+                        lambda df: seen.append(os.environ["KIT_RETRIEVAL_WEIGHTS"]) or quick(df))
+    (tmp_path / "nets" / "encoder").mkdir(parents=True)
+    for options, expected in ((("--weights", tmp_path / "nets"), str(tmp_path / "nets")), ((), "")):
+        status, _, err = run(capsys, "score", "retrieval", "--data", scenes, "--runs", f"runs{len(options)}", *options)
+        assert (status, err) == (0, "") and seen.pop() == expected
+
+
+def test_predictions_depend_on_the_weights(tmp_path, monkeypatch):
+    for name in ("KIT_RETRIEVAL_WEIGHTS", "KIT_ANOMALY_PRESET", "KIT_WEIGHTS"):
+        monkeypatch.setenv(name, "of an earlier run")
+    file = tmp_path / "nets" / "parser" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"1")
+    first = _use_weights(Task.retrieval, "embedded", tmp_path / "nets")
+    file.write_bytes(b"12")
+    assert str(file) in first[1] and _use_weights(Task.all, "embedded", tmp_path / "nets") != first
+    assert os.environ["KIT_RETRIEVAL_WEIGHTS"] == str(tmp_path / "nets")
+    _use_weights(Task.all, "embedded", tmp_path)  # nets of the other tasks only
+    assert os.environ["KIT_RETRIEVAL_WEIGHTS"] == ""
+
+
+def test_an_explanation_says_what_was_read_and_where_the_target_stands(capsys, scenes, monkeypatch):
+    read = {"add cup": Modification(("cup",), ("old [pan]",)), "add pan": Modification(("pan",)), "x": Modification()}
+    monkeypatch.setattr(retrieval.nets, "parse", lambda texts: [read[text] for text in texts])
+    status, out, err = run(capsys, "score", "retrieval", "--data", scenes, "--explain")
+    assert (status, err) == (0, "")
+    record = json.loads(next(Path("runs").glob("*-score-retrieval/record.json")).read_text())["results"][0]
+    parts = record["parts"]
+    assert [(p["added"], p["removed"]) for p in parts] == [(["cup"], ["old [pan]"]), (["pan"], []), ([], [])]
+    assert [p["rank"] for p in parts] == [1, 1, 3]  # c finds itself, then b, then a
+    assert parts[2]["best"] == [{"image": f"{name}.png", "cosine": round(float(np.cos(turn)), 4)}
+                                for name, turn in (("c", 0), ("b", 1), ("a", 2))]
+    assert record["target_among_best_5"] == 100
+    assert "worst of 1 missed" in out and "nothing" in out and "old [pan]" not in out  # that one was not missed
+
+
+def test_given_embeddings_are_explained_without_objects(capsys, scenes, tmp_path, monkeypatch):
+    run(capsys, "score", "retrieval", "--data", scenes)
+    folder = next((tmp_path / "runs").glob("*-score-retrieval/predictions/retrieval"))
+    monkeypatch.setattr(retrieval.nets, "parse", None)  # nobody knows what read the texts then
+    status, out, _ = run(capsys, "score", "retrieval", "--data", scenes, "--predictions", folder, "--explain", "--json")
+    parts = json.loads(out)["results"][0]["parts"]
+    assert status == 0 and [p["rank"] for p in parts] == [1, 1, 3] and all("added" not in p for p in parts)
+
+
+def test_the_worst_queries_come_first():
+    parts = [{"row": i, "query": f"text {i}", "correct": i == 7, "rank": 1 if i == 7 else 100 - i, "target": "t.png",
+              "found": "f.png", "added": ["a cup"], "removed": ["a pan"]} for i in range(20)]
+    shown = _query_table(parts[::-1])
+    assert list(shown.columns[0].cells) == [str(i) for i in (0, 1, 2, 3, 4, 5, 6, 8)]
+    assert next(iter(shown.columns[2].cells)) == "+ a cup\n- a pan" and next(iter(shown.columns[3].cells)) == "100"
 
 
 def test_all_takes_a_folder_per_task(capsys, parts, scenes, tmp_path):

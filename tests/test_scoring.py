@@ -4,7 +4,7 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from submit import pixel_curves
+from submit import pixel_curves, scoring
 from submit.aupro import _thresholds_below, area_under, aupro, region_curves
 from submit.pixel_curves import level_counts, ranking, ranking_metrics
 from submit.scoring import (
@@ -243,3 +243,24 @@ def test_wrong_shapes_and_nan_are_refused(refuses):
         anomaly_metrics(image_truth, image_scores, masks, None)
     with refuses(r"pixel arrays: expected shape \(N, H, W\) or \(N, 1, H, W\), found \(9, 2, 24, 24\)"):
         anomaly_metrics(image_truth, image_scores, np.stack([masks, masks], 1), maps)
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_ranked_matches_agree_with_sorting_every_cosine(monkeypatch, block):
+    monkeypatch.setattr(scoring, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    database = rng.integers(-1, 2, (12, 4)) + 0.0  # many equal directions
+    database[~database.any(1)] = 1
+    queries, targets = database[rng.integers(0, 12, 9)] - 0.4, rng.integers(0, 12, 9)
+    scores, rows, ranks = scoring.ranked_matches(queries, database, targets, 5)
+    cosines = np.concatenate([part for _, part in scoring._cosine_blocks(queries, database)])
+    slow = np.array([sorted(range(12), key=lambda g, row=row: (-row[g], g)) for row in cosines])
+    np.testing.assert_array_equal(rows, slow[:, :5])
+    np.testing.assert_array_equal(scores, np.take_along_axis(cosines, slow, 1)[:, :5])
+    assert ranks.tolist() == [list(row).index(target) + 1 for row, target in zip(slow, targets, strict=True)]
+    np.testing.assert_array_equal(rows[:, 0], scoring.best_matches(queries, database))
+
+
+def test_a_small_database_is_ranked_whole():
+    scores, rows, ranks = scoring.ranked_matches(np.eye(2), np.eye(2), np.array([1, 1]), 5)
+    assert rows.tolist() == [[0, 1], [1, 0]] and scores.tolist() == [[1, 0], [1, 0]] and ranks.tolist() == [2, 1]
