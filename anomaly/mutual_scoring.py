@@ -114,6 +114,11 @@ def _joined(patches: Tensor, earlier: Tensor | None, reference: Tensor | None) -
     return torch.cat(parts) if len(parts) > 1 else patches
 
 
+def block_side(patches: int, size: int, most: float) -> int:
+    """Images along one side of a block of products of `size` bytes, of which `most` bytes are held at once."""
+    return max(1, int((most / (patches ** 2 * size)) ** 0.5))
+
+
 class _Pairs:
     """The images as two operands whose product is -|x - y|^2 / 2 of their patches."""
 
@@ -131,8 +136,7 @@ class _Pairs:
         self.left, self.right = _extended(self.judges / self.scale if self.scale != 1 else self.judges, kind)
         free = FREE_SHARE * free_bytes(judges.device)
         most = max_bytes or min(GPU_BYTES if judges.is_cuda else CPU_BYTES, free)
-        pair = judges.shape[1] ** 2 * self.left.element_size()
-        self.side = max(1, int((most / pair) ** 0.5))  # images along one side of a block
+        self.side = block_side(judges.shape[1], self.left.element_size(), most)
 
     def bands(self, count: int, max_bytes: int | None) -> Iterator[range]:
         """The first `count` images in ranges whose distances to all judges are held at once."""

@@ -1,0 +1,177 @@
+"""`profile`: time and memory of a task by stage, here and on a GPU that one does not have, against the limit."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from data.devices import free_bytes
+from data.errors import expect
+from data.files import write_json
+from submit import workloads
+from submit.calibration import measured_rates
+from submit.op_costs import total
+from submit.profiling import (
+    EXCEEDS,
+    StageProfile,
+    largest,
+    peak_bytes,
+    sample,
+    stage_profiles,
+    verdict,
+    whole,
+)
+from submit.records import environment
+from submit.roofline import Gpu, Range, Rates, assumed_rates, carried_rates, gpu, gpu_called
+from submit.rules import rules
+from submit.tables import console, print_record, unit_progress
+from submit.workloads import Workload
+
+HERE = "here"
+GIB = 2**30
+BAR = 24  # columns of the longest bar
+IMAGES, CATEGORIES, QUERIES, CLASSES, CLEAN = 100, 10, 1000, 10, 100  # where nothing else is asked
+SIZES = {"retrieval": "queries", "anomaly": "images", "backdoor": "classes", "repair": "images"}  # what may grow
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One call of the command."""
+
+    task: str
+    preset: str
+    sizes: dict[str, int]  # images, categories, queries, classes, as far as the task has them
+    target: str  # a GPU's key, or "here"
+    gpu_memory: float | None  # GiB
+    device: torch.device
+
+    def build(self, half: bool) -> Callable[[int], Workload]:
+        """The workload by the size that `SIZES` names."""
+        own = self.sizes
+        return {"retrieval": lambda n: workloads.retrieval(self.preset, n, half),
+                "anomaly": lambda n: workloads.anomaly(self.preset, n, own["categories"], half),
+                "backdoor": lambda n: workloads.backdoor(n, half),
+                "repair": lambda n: workloads.repair(n, own["classes"], half)}[self.task]
+
+    @property
+    def size(self) -> int:
+        return self.sizes[SIZES[self.task]]
+
+
+def asked_for(task: str, preset: str, given: dict[str, int | None], target: str, gpu_memory: float | None,
+              device: torch.device) -> Asked:
+    """The call with its defaults. Refuses a size that the task does not have."""
+    known = {"retrieval": {"queries": QUERIES}, "anomaly": {"images": IMAGES, "categories": CATEGORIES},
+             "backdoor": {"classes": CLASSES}, "repair": {"images": CLEAN, "classes": CLASSES}}[task]
+    for name, value in given.items():
+        expect(value is None or name in known, f"--{name}", f"with another task; {task} has "
+               + ", ".join(f"--{own}" for own in known), value)
+    expect(preset == "embedded" or task in ("retrieval", "anomaly"), "--preset", "with retrieval or anomaly", task)
+    if target != HERE:
+        gpu(target)
+    sizes = {name: given.get(name) or value for name, value in known.items()}
+    return Asked(task, preset, sizes, target, gpu_memory, device)
+
+
+def profile(asked: Asked, run: Path, *, command: str, as_json: bool) -> str:
+    """Print the profile, write `run/record.json`, return the verdict."""
+    memory = _memory(asked)
+    if asked.device.type == "cuda" and asked.gpu_memory:
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, memory / torch.cuda.get_device_properties(asked.device).total_memory), asked.device)
+    on_gpu = asked.device.type == "cuda"
+    build = asked.build(half=on_gpu or asked.target != HERE)
+    workload, own = build(asked.size), asked.build(half=on_gpu)(asked.size)
+    with unit_progress() as bar:
+        done = iter(range(len(workload.stages) + 1))
+        samples = sample(workload, own, asked.device,
+                         say=lambda stage: bar(f"profile: {stage}", next(done), len(workload.stages)))
+        rates, basis = _rates(asked)
+    stages = stage_profiles(workload, samples, rates)
+    seconds, peak, limit = whole(stages), peak_bytes(stages), _limit(asked.task)
+    found = verdict(seconds, limit, peak, memory)
+    fitting = largest(build, samples, rates, limit, memory, start=asked.size)
+    record = {"command": command, "task": asked.task, "workload": workload.title, "gpu": asked.target, "rates": basis,
+              "stages": [stage.record() for stage in stages], "chart": [_bar(stage, stages) for stage in stages],
+              "seconds": [seconds.low, seconds.high], "limit_s": limit, "peak_gib": peak / GIB,
+              "memory_gib": memory / GIB, "verdict": found, f"largest_{SIZES[asked.task]}": fitting,
+              "notes": list(workload.notes), "environment": environment()}
+    write_json(run / "record.json", record)
+    print_record(record) if as_json else _print(asked, workload, stages, record, run / "record.json")
+    return found
+
+
+def broken(found: str) -> bool:
+    return found == EXCEEDS
+
+
+def _limit(task: str) -> float:
+    """Seconds of the run or, where a sample has its own, of that; a repair keeps the detector's."""
+    limits = rules("backdoor" if task == "repair" else task).limits
+    return limits.seconds_per_sample or limits.seconds
+
+
+def _memory(asked: Asked) -> float:
+    """Bytes of the GPU, or of the limit where one is asked for."""
+    if asked.gpu_memory is not None:
+        return asked.gpu_memory * GIB
+    return free_bytes(asked.device) if asked.target == HERE else gpu(asked.target).memory * GIB
+
+
+def _rates(asked: Asked) -> tuple[Rates, str]:
+    """What the target does in a second, and how that is known."""
+    known: Gpu | None = None
+    if asked.device.type == "cuda":
+        known = gpu_called(torch.cuda.get_device_name(asked.device))
+    if asked.target == HERE:
+        return measured_rates(asked.device), "measured on this machine"
+    target = gpu(asked.target)
+    if known is None:
+        return assumed_rates(target), f"assumed shares of {target.name}'s published peaks; no GPU was measured"
+    measured = measured_rates(asked.device)
+    return carried_rates(measured, known, target), f"shares of peak measured on {known.name}, carried over"
+
+
+# --- what is printed
+
+def _print(asked: Asked, workload: Workload, stages: list[StageProfile], record: dict, path: Path) -> None:
+    where = "this machine" if asked.target == HERE else gpu(asked.target).name
+    table = Table("stage", title=workload.title, title_justify="left")
+    for name in ("units", "TFLOP", "GiB at once", "here, s", f"{where}, s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for stage, bar in zip(stages, record["chart"], strict=True):
+        flop = total(stage.costs).flop
+        table.add_row(stage.name, stage.units, _number(flop / 1e12) if flop else "-",
+                      "-" if stage.host else _number(stage.peak_bytes / GIB),
+                      "-" if stage.here is None else _number(stage.here), _span(stage.predicted), bar)
+    out = console()
+    out.print(table)
+    seconds = Range(*record["seconds"])
+    sample_of = " a network" if workload.sample else ""
+    out.print(f"{record['verdict']}: {_span(seconds)} s of {record['limit_s']:g} s{sample_of}, "
+              f"{record['peak_gib']:.1f} of {record['memory_gib']:.0f} GiB; largest that surely fits: "
+              f"{record['largest_' + SIZES[asked.task]]} {SIZES[asked.task]}", style="bold")
+    out.print(f"rates: {record['rates']}", style="dim")
+    for note in record["notes"]:
+        out.print(f"note: {note}", style="dim")
+    out.print(f"record: {path}", style="dim")
+
+
+def _bar(stage: StageProfile, stages: list[StageProfile]) -> str:
+    """The slow end by its length, filled up to the quick end; of the host in another shade."""
+    longest = max(other.predicted.high for other in stages) or 1.0
+    low, high = (round(BAR * value / longest) for value in (stage.predicted.low, stage.predicted.high))
+    return ("▓" if stage.host else "█") * low + "░" * max(0, high - low)
+
+
+def _span(seconds: Range) -> str:
+    return f"{_number(seconds.low)} - {_number(seconds.high)}"
+
+
+def _number(value: float) -> str:
+    """Two or three figures that count."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2g}"

@@ -1,0 +1,307 @@
+"""What a run of each task consists of, as stages that can be counted or timed in small.
+
+A stage on the device is counted - a net on `meta`, where its size does not matter - and predicted for a GPU. A stage
+on the host (reading, resizing, tokenising, writing) is timed here and not scaled: no table says how fast the judge's
+CPU is. Inputs are made up: photographs of 640 x 480, requests about one thing, noise as features.
+"""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data.errors import expect
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample of a stage is made: a folder for its files, and the device, which is `meta` for counting nets."""
+
+    folder: Path
+    device: torch.device
+
+
+Prepare = Callable[[int, Place], Work]
+SIZE = (640, 480)           # of a photograph, width and height
+NAMES = 2                   # objects that a request names
+SIDE, CHANNELS = 32, 3      # of the images of a network that is judged
+SAMPLE_IMAGES, SAMPLE_TEXTS = 32, 512
+BLOCKS = (2, 3, 5)          # of images: the sizes at which the comparison is counted, quadratic in whole blocks
+NET_BATCH = 16              # images at once through the nets of the anomaly task
+JUDGED = 6                  # tunings of a repair: the mark, four ratios on the way to one of eleven, the repair itself
+RETRIEVAL_NETS = {"embedded": None, "report": "ViTamin-L-384"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`prepare(n, place)` makes ready and gives back what works on n units; only that is counted or timed.
+
+    units: of the run that is asked for, which does the stage `times` times. sizes: the n that are looked at; with one,
+    cost is proportional to n, with more it is the polynomial through them. kept_bytes: of a unit, beside what the
+    stage makes, on the device. host: timed, never counted. net: counted on `meta`, its units pass in batches.
+    adapts: what it makes is cut to the memory there is, so only what is kept counts.
+    """
+
+    name: str
+    counted: str  # what the units are
+    units: int
+    sizes: tuple[int, ...]
+    prepare: Prepare
+    times: int = 1
+    kept_bytes: int = 0
+    host: bool = False
+    net: bool = False
+    gradients: bool = False
+    adapts: bool = False
+    once: bool = False  # timed the first time it runs
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One run of a task, or of one sample where `sample` says that the limit is a sample's."""
+
+    title: str
+    stages: tuple[Stage, ...]
+    sample: bool = False
+    notes: tuple[str, ...] = ()
+
+
+# --- retrieval
+
+def retrieval(preset: str, queries: int, half: bool) -> Workload:
+    """As many database images as queries; every query has an image of its own and names two new objects."""
+    from retrieval.encoder import IMAGE_BLOCK, TEXT_BLOCK
+    from retrieval.parser import parse
+
+    expect(preset in RETRIEVAL_NETS, "--preset", f"one of {', '.join(RETRIEVAL_NETS)} for retrieval", preset)
+    config = _clip_config(RETRIEVAL_NETS[preset])
+    side, context = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
+
+    def embed_images(n: int, place: Place) -> Work:
+        model, pixels = _clip(config, place.device), torch.empty(n, 3, side, side, device=place.device)
+        return lambda: model.encode_image(pixels)
+
+    def embed_texts(n: int, place: Place) -> Work:
+        model, tokens = _clip(config, place.device), torch.zeros(n, context, dtype=torch.long, device=place.device)
+        return lambda: model.encode_text(tokens)
+
+    def parse_requests(n: int, _: Place) -> Work:
+        texts = [f"please remove the old chair and put a {i} lamp there" for i in range(n)]
+        parse(texts[:1])  # the weights are read once
+        return lambda: parse(texts)
+
+    return Workload(f"retrieval, {preset}, {queries} queries, {queries} database images", (
+        _start("retrieval.predict"),
+        Stage("read and resize", "images", 2 * queries, (SAMPLE_IMAGES,), _read_images((side, side)), host=True),
+        Stage("parse the requests", "texts", queries, (SAMPLE_TEXTS,), parse_requests, host=True),
+        Stage("embed the images", "images", 2 * queries, (IMAGE_BLOCK,), embed_images, net=True),
+        Stage("embed the objects", "texts", NAMES * queries, (TEXT_BLOCK,), embed_texts, net=True)),
+        notes=("single precision, as the kit's encoder runs",))
+
+
+def _clip_config(name: str | None) -> dict:
+    import open_clip
+
+    from retrieval.encoder import EMBEDDED
+
+    if name is not None:
+        return open_clip.get_model_config(name)
+    return json.loads((EMBEDDED / "config.json").read_text(encoding="utf-8"))["model_cfg"]
+
+
+def _clip(config: dict, device: torch.device) -> nn.Module:
+    from retrieval.encoder import build_model
+
+    with device, torch.random.fork_rng(devices=[]):
+        return build_model(config).eval().requires_grad_(False)
+
+
+# --- anomaly
+
+def anomaly(preset: str, images: int, categories: int, half: bool) -> Workload:
+    """`categories` categories of `images` images each. half: 16-bit nets and comparison, as on GPUs."""
+    from anomaly.backbone import load_backbone
+    from anomaly.presets import PRESETS
+
+    expect(preset in PRESETS, "--preset", f"one of {', '.join(PRESETS)} for anomaly", preset)
+    expect(images >= 2, "--images", ">= 2 of a category", images)
+    chosen = PRESETS[preset]
+    own = load_backbone().config if chosen.for_maps is None else None
+    configs = [chosen.for_maps or own]
+    if chosen.for_images not in (None, chosen.for_maps):
+        configs.append(chosen.for_images)
+    stages = [_start("anomaly.predict")]
+    for config in configs:
+        stages += _net_stages(config, chosen.scoring, images, categories, half)
+    stages += [Stage("maps and image scores", "images", images, (SAMPLE_IMAGES,),
+                     _finish(configs, chosen.scoring), times=categories),
+               Stage("write the score files", "images", images * categories, (SAMPLE_IMAGES,), _write, host=True)]
+    return Workload(f"anomaly, {preset}, {categories} categories of {images} images", tuple(stages),
+                    notes=("compared in bands of the free memory; where the features do not fit, in groups",
+                           "the organizers' evaluation, which shares the limit, is not part of it"))
+
+
+def _net_stages(config: object, scoring: object, images: int, categories: int, half: bool) -> list[Stage]:
+    """Reading for one net, its features, and the comparison of all images by them, layer by layer."""
+    from anomaly.backbone import Backbone
+    from anomaly.category import COPIES
+    from anomaly.mutual_scoring import CPU_BYTES, block_side
+
+    with torch.device("meta"):
+        shape = Backbone(config)
+    patches, width, layers = shape.grid[0] * shape.grid[1], shape.net.num_features, len(config.layers)
+    dtype = torch.float16 if half else torch.float32
+
+    def features(n: int, place: Place) -> Work:
+        with place.device, torch.random.fork_rng(devices=[]):
+            net = Backbone(config).eval().requires_grad_(False).to(dtype)
+            pixels = torch.zeros(n, 3, *config.size, dtype=dtype)
+        return lambda: net(pixels)
+
+    def compare(n: int, place: Place) -> Work:
+        generator = torch.Generator(place.device).manual_seed(n)
+        layer = torch.randn(n, patches, width, generator=generator, device=place.device)
+        return _comparison(scoring, shape.grid, layer, half)
+
+    name, side = config.architecture, block_side(patches, dtype.itemsize, CPU_BYTES)
+    kept = layers * patches * width * dtype.itemsize
+    return [Stage(f"read for {name}", "images", images * categories, (SAMPLE_IMAGES,),
+                  _read_images(config.size[::-1]), host=True),
+            Stage(f"features, {name}", "images", images, (NET_BATCH,), features, times=categories, kept_bytes=kept,
+                  net=True),
+            Stage(f"compare, {name}", "images", images, tuple(k * side for k in BLOCKS), compare,
+                  times=categories * layers, kept_bytes=kept + COPIES * patches * width * 4, adapts=True)]
+
+
+def _comparison(scoring: object, grid: tuple[int, int], layer: Tensor, half: bool) -> Work:
+    """Of one layer in all neighbourhoods, by the pipeline's own code."""
+    from dataclasses import replace
+
+    from anomaly.backbone import Features
+    from anomaly.pipeline import feature_scores
+
+    config = replace(scoring, smoothing="none", precision="half" if half else scoring.precision)
+    return lambda: feature_scores(Features((layer,), grid, None), config)
+
+
+def _finish(configs: list, scoring: object) -> Prepare:
+    """What follows the patch scores: image scores, maps, background, calibration."""
+    from anomaly.backbone import Backbone
+    from anomaly.pipeline import PatchScores, category_scores
+    from data.anomaly_tree import SIDE as MAP
+
+    with torch.device("meta"):
+        grid = Backbone(configs[0]).grid
+
+    def prepare(n: int, place: Place) -> Work:
+        generator = torch.Generator().manual_seed(n)
+        scores = torch.rand(n, grid[0] * grid[1], generator=generator).to(place.device)
+        found = PatchScores(scores, grid, configs[0].size, None)
+        hidden = torch.rand(n, MAP, MAP, generator=generator) < 0.5 if scoring.foreground != "off" else None
+        return lambda: category_scores(found, found, scoring, hidden)
+
+    return prepare
+
+
+def _write(n: int, place: Place) -> Work:
+    from anomaly.score_files import write_scores
+    from data.anomaly_tree import SIDE as MAP
+    from data.anomaly_tree import AnomalyImage
+
+    images = [AnomalyImage(place.folder / f"{i}.png", "good", None) for i in range(n)]
+    rng = np.random.default_rng(0)
+    scores, maps = rng.random(n), rng.random((n, 1, MAP, MAP))
+    return lambda: write_scores(place.folder / "scores", "category", images, scores, maps)
+
+
+# --- networks: detection and repair
+
+def backdoor(classes: int, half: bool) -> Workload:
+    """The whole plan of the detector on a full-width PreActResNet18; it does less where its deadline is near."""
+    from backdoor_detection.detection import DetectorConfig, Plan
+
+    reach = DetectorConfig().reach
+    plan = Plan(reach.images, 1, reach.steps, reach.kept, len(reach.radii))
+    at_once = max(1, reach.block // (CHANNELS * SIDE * SIDE))
+    return Workload(f"one network of {classes} classes, {SIDE} x {SIDE}", (
+        Stage("read the clean images", "images", 512, (SAMPLE_IMAGES,), _read_images((SIDE, SIDE)), host=True),
+        Stage("search for perturbations", "images", round(plan.passes(classes)), (at_once,), _pass(classes, False),
+              net=True, gradients=True)),
+        sample=True,
+        notes=("the detector plans what fits its own deadline; this is its whole plan",))
+
+
+def repair(images: int, classes: int, half: bool) -> Workload:
+    """TSBD as `repair_model` does it: every tuning of the search for n, and the last."""
+    from defense.repair import BATCH, shipped_config
+
+    tuning = shipped_config().tuning
+    passes = JUDGED * 2 * tuning.steps_of(images) * min(BATCH, images)
+    return Workload(f"repair of one network of {classes} classes with {images} clean images", (
+        Stage("read the clean images", "images", images, (SAMPLE_IMAGES,), _read_images((SIDE, SIDE)), host=True),
+        Stage("tune", "images", passes, (min(BATCH, images),), _pass(classes, True), net=True,
+              gradients=True)),
+        sample=True,
+        notes=("unlearning ends at chance, which cannot be told beforehand: at most 30 % of its deadline, not here",))
+
+
+def _pass(classes: int, weights: bool) -> Prepare:
+    """Forward and back: to the pixels, or to the weights and a step of SGD."""
+    from data.preact_resnet import WIDTHS, PreActResNet
+
+    def prepare(n: int, place: Place) -> Work:
+        with place.device, torch.random.fork_rng(devices=[]):
+            model = PreActResNet(classes, WIDTHS, CHANNELS).eval().requires_grad_(weights)
+            pixels = torch.zeros(n, CHANNELS, SIDE, SIDE).requires_grad_(not weights)
+        wanted = list(model.parameters()) if weights else [pixels]
+        step = torch.optim.SGD(wanted, 0.01, 0.9)
+
+        def work() -> None:
+            for one, gradient in zip(wanted, torch.autograd.grad(model(pixels).sum(), wanted), strict=True):
+                one.grad = gradient
+            step.step()
+
+        return work
+
+    return prepare
+
+
+# --- shared
+
+def _start(module: str) -> Stage:
+    """A fresh Python that imports what is shipped."""
+    def prepare(n: int, _: Place) -> Work:
+        return lambda: [subprocess.run([sys.executable, "-c", f"import {module}"], check=True) for _ in range(n)]
+
+    return Stage("start Python", "starts", 1, (1,), prepare, host=True, once=True)
+
+
+def _read_images(size: tuple[int, int]) -> Prepare:
+    """Decoding and resizing in threads, as the tasks do it."""
+    from data.images import read_rgb
+
+    def prepare(n: int, place: Place) -> Work:
+        paths = [place.folder / f"{i}.jpg" for i in range(n)]
+        noise = np.random.default_rng(0).integers(0, 256, (SIZE[1] // 8, SIZE[0] // 8, 3), dtype=np.uint8)
+        for path in paths:
+            Image.fromarray(noise).resize(SIZE).save(path)
+
+        def work() -> None:
+            with ThreadPoolExecutor() as pool:
+                for _ in pool.map(lambda path: np.asarray(read_rgb(path).resize(size)), paths):
+                    pass
+
+        return work
+
+    return prepare
