@@ -148,11 +148,11 @@ def retrieval_triplets(part: Part = DEVELOPMENT, *, seed: int, queries: int) -> 
     families = [[s for row in make_family(part, FAMILY, rng=rng) for s in row] for _ in range(queries // size)]
     targets = [(family, scene) for family in families for scene in family]
     again = rng.integers(len(targets), size=queries - len(targets)).tolist()
-    triplets = [_choose_query(*targets[i], rng=rng) for i in (*range(len(targets)), *again)]
+    triplets = [choose_query(*targets[i], rng=rng) for i in (*range(len(targets)), *again)]
     return [triplets[i] for i in rng.permutation(queries)]
 
 
-def _choose_query(family: list[Scene], target: Scene, *, rng: np.random.Generator) -> Triplet:
+def choose_query(family: list[Scene], target: Scene, *, rng: np.random.Generator) -> Triplet:
     """A scene of the family that a request of a common kind turns into `target`."""
     kinds: dict[tuple[int, int], list[Scene]] = {}
     for scene in family:
