@@ -19,8 +19,9 @@ from data.errors import expect
 SPLITS = ("train", "val", "test")
 _FOLDER = Path(__file__).parent / "phrases"
 _REQUESTS = ("both", "add only", "remove only", "none")  # the sections that hold whole requests
-_PER_FRAME = 400  # a frame with more fillings than this gives a fixed sample of them
-_NO_GERUND = ("let's", "don't", "do not")
+_PER_FRAME = 250  # a frame with more fillings than this gives a fixed sample of them
+_NO_GERUND = ("let's", "don't", "do not", "also ", "never ", "no longer ", "kindly ", "just ", "go get ", "go fetch ",
+              "go find ")
 _DOUBLES = {"admit", "dispel", "embed", "equip", "expel", "forbid", "forget", "omit", "prefer", "photoshop", "repel",
             "unplug", "unset"}  # longer verbs that double their last letter; short ones follow a rule
 
@@ -53,8 +54,9 @@ def templates(split: str) -> tuple[Template, ...]:
     """All request templates of a split, distinct, in a fixed order."""
     book = _sections(split)
     found: dict[str, Template] = {}
+    sizes: dict[str, int] = {}
     for frame, line in enumerate(line for name in _REQUESTS for line in book[name]):
-        for text in _fillings(line, book, random.Random(frame)):
+        for text in _fillings(line, sizes, book, random.Random(frame)):
             found.setdefault(text, Template(text, frame))
     return tuple(found.values())
 
@@ -71,7 +73,7 @@ def phrases(split: str, section: str) -> tuple[str, ...]:
     """The phrases of one section, such as `lead` and `tail`: what may stand before and after a request."""
     book = _sections(split)
     expect(section in book, "section", f"one of {sorted(book)}", repr(section))
-    return tuple(dict.fromkeys(text for line in book[section] for text in _fillings(line, book, random.Random(0))))
+    return tuple(dict.fromkeys(text for line in book[section] for text in _fillings(line, {}, book, random.Random(0))))
 
 
 @lru_cache
@@ -133,19 +135,21 @@ def _tidy(text: str) -> str:
     return re.sub(r" ([,;.?!:])(?= |$)", r"\1", " ".join(text.split()))
 
 
-def _fillings(line: str, book: dict[str, tuple[str, ...]], rng: random.Random) -> list[str]:
+def _fillings(line: str, sizes: dict[str, int], book: dict[str, tuple[str, ...]], rng: random.Random) -> list[str]:
     """All texts a line stands for, or a sample of `_PER_FRAME` of them."""
-    if _count(line, book) <= _PER_FRAME:
+    if _count(line, sizes, book) <= _PER_FRAME:
         return _all_fillings(line, book)
     chosen = dict.fromkeys(_filling(line, book, rng.choice) for _ in range(_PER_FRAME))
     return list(chosen)
 
 
-def _count(line: str, book: dict[str, tuple[str, ...]]) -> int:
-    """Number of texts a line stands for, doubles included."""
+def _count(line: str, sizes: dict[str, int], book: dict[str, tuple[str, ...]]) -> int:
+    """Number of texts a line stands for, doubles included. sizes: the same of whole sections, filled in here."""
+    for name in (names := re.findall(r"<([^>]*)>", line)):
+        if name not in sizes:
+            sizes[name] = sum(_count(inner, sizes, book) for inner in book[name])
     choices = math.prod(part.count("|") + 1 for part in re.findall(r"\[([^\]]*)\]", line))
-    return choices * math.prod(sum(_count(inner, book) for inner in book[name])
-                               for name in re.findall(r"<([^>]*)>", line))
+    return choices * math.prod(sizes[name] for name in names)
 
 
 def _all_fillings(line: str, book: dict[str, tuple[str, ...]]) -> list[str]:

