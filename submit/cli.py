@@ -27,6 +27,7 @@ UsageProblem = typer.BadParameter.__mro__[2]  # click's ClickException, wherever
 INTERRUPTED = 130
 
 TASKS = ("retrieval", "anomaly", "backdoor")
+SWEEP = "sweep"  # in place of a defense's name
 
 
 class Task(str, Enum):
@@ -162,6 +163,68 @@ def zoo_inspect(folder: Annotated[Path, typer.Argument(help="Folder of a zoo.")]
     from submit.zoo_commands import inspect
 
     raise typer.Exit(1 if inspect(folder, as_json=json) else 0)
+
+
+@app.command("profile", epilog="Examples: python -m submit profile anomaly --preset report --images 200; "
+                               "python -m submit profile backdoor --classes 200 --gpu here")
+def profile_task(
+    task: Annotated[ProfiledTask, typer.Argument(help="Which task; repair is `defense.predict.repair_model`.")],
+    gpu: Annotated[str, typer.Option(help="Whom to predict for: a GPU of submit/gpus.toml, or `here`.")] = "rtx4090",
+    preset: Annotated[str, typer.Option(
+        help="embedded or report for retrieval; embedded, musc, report or musc-v2 for anomaly.")] = "embedded",
+    queries: Annotated[int | None, typer.Option(help="Of retrieval, and as many database images.", min=1)] = None,
+    images: Annotated[int | None, typer.Option(help="Of a category; of a repair, the clean ones.", min=2)] = None,
+    categories: Annotated[int | None, typer.Option(help="Of the anomaly task.", min=1)] = None,
+    classes: Annotated[int | None, typer.Option(help="Of a network.", min=3)] = None,
+    gpu_memory: Annotated[float | None, typer.Option(
+        help="GiB that may be used, in place of the GPU's; on a larger GPU the allocator is capped.", min=0.1)] = None,
+    device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
+) -> None:
+    """Time and memory by stage, here and predicted for a GPU one does not have, against the limit."""
+    import torch
+
+    from submit.profile_commands import asked_for, broken, profile
+
+    sizes = {"queries": queries, "images": images, "categories": categories, "classes": classes}
+    asked = asked_for(task.value, preset, sizes, gpu, gpu_memory, torch.device(_use_device(device)))
+    run = _new_run(runs, f"profile-{task.value}")
+    raise typer.Exit(1 if broken(profile(asked, run, command=_command(), as_json=json)) else 0)
+
+
+@app.command(epilog="Examples: python -m submit defend tsbd --zoo data/zoos/tiny; "
+                    "python -m submit defend sweep defense/sweeps/tiny.toml")
+def defend(
+    method: Annotated[str, typer.Argument(help="tsbd, ft, fp, ... (defense/defenses.py has all), or sweep.")],
+    recipe: Annotated[Path | None, typer.Argument(help="With sweep: its TOML file, as in defense/sweeps.")] = None,
+    zoo: Annotated[Path | None, typer.Option(help="Folder of a zoo with its zoo.json: every backdoored network of it "
+                                                  "is repaired and judged.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
+    clean: Annotated[float, typer.Option(help="Share of the training images that the defense gets, clean.")] = 0.05,
+    out: Annotated[Path | None, typer.Option(
+        help="With sweep: folder of its victims and finished runs. Default: RUNS/sweeps/<name of the recipe>.")] = None,
+    workers: Annotated[int, typer.Option(help="Networks side by side; 0 = one a CPU core, one on a GPU.", min=0)] = 0,
+    seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
+) -> None:
+    """Repair backdoored networks and measure ACC, ASR, RA and DER; goes on where it was stopped."""
+    from submit.defend_commands import check_method, defend_sweep, defend_zoo, finish
+
+    sweep = method == SWEEP
+    if not sweep:
+        check_method(method)
+    wanted, unwanted = (recipe, (zoo, "--zoo")) if sweep else (zoo, (recipe or out, "RECIPE, --out"))
+    if wanted is None:
+        raise InputError(f"defend {method}: expected {'a RECIPE' if sweep else '--zoo DIR'}, found nothing")
+    if unwanted[0] is not None:
+        raise InputError(f"defend {method}: expected no {unwanted[1]}, found {unwanted[0]}")
+    device = _use_device(device)
+    run = _new_run(runs, f"defend-{method}")
+    if sweep:
+        folder = out or runs / "sweeps" / recipe.stem
+        outcome = defend_sweep(recipe, data, device=device, workers=workers, out=folder)
+    else:
+        outcome = defend_zoo(method, zoo, data, clean=clean, seed=seed, device=device, workers=workers, runs=runs)
+    left_out = finish(outcome, run, command=_command(), seed=None if sweep else seed, device=device, as_json=json)
+    raise typer.Exit(1 if left_out else 0)
 
 
 @app.command("profile", epilog="Examples: python -m submit profile anomaly --preset report --images 200; "

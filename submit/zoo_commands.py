@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,21 +33,21 @@ def build(out: Path, recipe_name: str, data: Path | None, *, seed: int | None, d
             nonlocal done
             done += 1
             bar("zoo", done, len(work))
-            print(_line(name, record), file=sys.stderr)
+            print(victim_line(name, record), file=sys.stderr)
 
         bar("zoo", done, len(work))
-        build_zoo(out, work, sets, device=torch.device(device), workers=workers or _default_workers(device),
+        build_zoo(out, work, sets, device=torch.device(device), workers=workers or default_workers(device),
                   progress=finished)
     return inspect(out, as_json=as_json)
 
 
-def _line(name: str, record: dict) -> str:
+def victim_line(name: str, record: Mapping) -> str:
     success = "" if record["ASR"] is None else f", ASR {100 * record['ASR']:.1f} on class {record['target']}"
     failed = f"; failed: {record['failed']}" if "failed" in record else ""
     return f"{name}: ACC {100 * record['ACC']:.1f}{success}, {record['seconds']:.0f} s{failed}"
 
 
-def _default_workers(device: str) -> int:
+def default_workers(device: str) -> int:
     return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
 
 
