@@ -9,7 +9,7 @@ times the number of settings tried, below 5 %. With `captions` the same for an e
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from retrieval.compose import (
     fit_statistics,
     gallery_vectors,
 )
-from retrieval.encoder import EMBEDDED, Encoder, load_encoder
+from retrieval.encoder import EMBEDDED, load_encoder
 from retrieval.gallery import nearest
 from retrieval.parser import parse
 from retrieval.prompts import ENSEMBLE, TextCache
@@ -68,12 +68,13 @@ class Split:
         return [change.add for change in read], [change.remove for change in read]
 
 
-def embedded_split(encoder: Encoder, part: Part, *, seed: int, queries: int) -> Split:
+def embedded_split(embed: Callable[[Tensor], Tensor], part: Part, *, seed: int, queries: int) -> Split:
+    """embed: (B, 3, SIDE, SIDE) uint8 -> (B, D) raw."""
     asked = hard_queries(part, seed=seed, queries=queries)
     scenes = hard_gallery(asked)
     place = {scene: i for i, scene in enumerate(scenes)}
     blocks = (np.stack([draw_scene(s) for s in scenes[i:i + BLOCK]]) for i in range(0, len(scenes), BLOCK))
-    gallery = torch.cat([encoder.encode_images(torch.from_numpy(b).permute(0, 3, 1, 2)) for b in blocks])
+    gallery = torch.cat([embed(torch.from_numpy(b).permute(0, 3, 1, 2)) for b in blocks])
     return Split(gallery, torch.tensor([place[a.triplet.query] for a in asked]), asked,
                  request_texts([a.triplet for a in asked], seed=seed))
 
@@ -211,7 +212,7 @@ def main(captions: bool) -> None:
     torch.set_num_threads(1)
     encoder = caption_encoder() if captions else load_encoder(device="cpu")
     encode_texts = TextCache(encoder.encode_texts)
-    training, validation, development = (embedded_split(encoder, part, seed=SEED, queries=QUERIES)
+    training, validation, development = (embedded_split(encoder.encode_images, part, seed=SEED, queries=QUERIES)
                                          for part in (TRAINING, VALIDATION, DEVELOPMENT))
     ways = best_settings(training, validation, encode_texts)
     correct = {name: hits(way.found(validation, validation.true, encode_texts, hard=True))
