@@ -190,9 +190,8 @@ def _step(encoder: Encoder, optimiser: torch.optim.Optimizer, images: Tensor, ho
     found = model.encode_image(pixels).unflatten(0, images.shape[:2])   # (F, S, D)
     captions = holds @ model.encode_text(prompts)                       # (F, S, names) @ (names, D)
     scale = model.logit_scale.exp().clamp(max=100.0)                    # temperature at least 0.01
-    loss = cfg.caption_weight * both_ways(found.flatten(0, 1), captions.flatten(0, 1), scale)
-    if cfg.composition_weight:
-        loss = loss + cfg.composition_weight * composition_loss(found, captions, scale)
+    loss = cfg.composition_weight * composition_loss(found, captions, scale) if cfg.composition_weight else 0.0
+    loss = loss + cfg.caption_weight * both_ways(found.flatten(0, 1), captions.flatten(0, 1), scale)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
