@@ -79,6 +79,13 @@ def test_a_gallery_of_one_image_many_times_comes_in_its_order(block):
     assert rows.tolist() == [list(range(40))] * 2 and (scores == scores[:, :1]).all()
 
 
+def test_differences_below_the_error_of_a_float32_product_count(block):
+    vectors = randn(1, 300).double() + 1e-6 * randn(90, 300, seed=1).double()  # cosines differ by about 1e-7
+    queries = randn(2, 300).double() + 1
+    found = ExactGallery(vectors, max_bytes=bytes_for(block, 300, 2)).search(queries, 30)
+    assert_same(found, full_matrix(queries, vectors, 30))
+
+
 def test_all_cosines_negative_still_find_the_least_bad(block):
     vectors = randn(60, 4).abs()
     queries = -randn(3, 4, seed=1).abs()
@@ -110,11 +117,13 @@ def test_vectors_of_zeros_have_cosine_zero(block):
     assert scores.tolist() == [[0, 0, 0, -1], [0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e30])
+@pytest.mark.parametrize("factor", [1e-30, 1e-21, 1e30])  # at 1e-21 squares lose digits
 def test_extreme_lengths_keep_their_direction(factor):
     queries, vectors = randn(4, 8), randn(30, 8, seed=1)
     assert torch.equal(ExactGallery(vectors * factor).search(queries * factor, 5)[1],
                        ExactGallery(vectors).search(queries, 5)[1])
+    lengths = gallery.unit_rows(vectors * factor, "gallery").double().norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(30).double(), atol=1e-6, rtol=0)
 
 
 def test_more_queries_than_a_query_block(monkeypatch, block):
