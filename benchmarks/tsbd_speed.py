@@ -1,0 +1,182 @@
+"""Seconds of one TSBD run against the obvious implementation: `python -m benchmarks.tsbd_speed`.
+
+The obvious one: PIL images through torchvision transforms in a DataLoader, accuracy after each epoch of unlearning by
+another, neurons ranked and weights zeroed one by one, a deep copy of the network at each step of tuning for the two
+gradients, and an extra pass after each step for the batch norms, as the released code has it. Same network, images,
+settings, number of neurons, device; in turns. Equal results are looked at: ACC and ASR of both.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, Normalize, RandomCrop, ToTensor
+from torchvision.transforms.functional import to_pil_image
+
+from data.devices import chosen_device
+from data.files import write_json
+from data.model_zoo import read_zoo
+from data.victims import VictimConfig, normalise
+from defense.activeness_tuning import TuningConfig
+from defense.neurons import neuron_weights
+from defense.training import Shift
+from defense.tsbd import TSBDConfig, defend
+from defense.unlearning import UnlearningConfig
+from submit.dev_splits import TINY_ZOO
+from submit.records import environment
+from submit.zoo_victims import Victim, measured, read_victim
+
+RECORDS = Path(__file__).parent / "records"
+NEURONS = 0.15  # fixed: the choice of n is not part of the published method
+
+
+class Pictures(Dataset):
+    """PIL images, transformed one by one."""
+
+    def __init__(self, images: Tensor, labels: Tensor, scale: VictimConfig, shift: int) -> None:
+        self.pictures, self.labels = [to_pil_image(image) for image in images], labels.tolist()
+        crop = [RandomCrop(images.shape[-1], shift, padding_mode="edge")] if shift else []
+        self.transform = Compose([*crop, ToTensor(), Normalize(scale.mean, scale.std)])
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(self.pictures[i]), self.labels[i]
+
+
+def obvious(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, scale: VictimConfig, shift: int,
+            config: TSBDConfig, workers: int) -> nn.Module:
+    """TSBD as one would write it down."""
+    device = next(model.parameters()).device
+    loader = DataLoader(Pictures(images, labels, scale, shift), config.tuning.batch, shuffle=True, num_workers=workers)
+    plain = DataLoader(Pictures(images, labels, scale, 0), config.tuning.batch, num_workers=workers)
+    unlearned = copy.deepcopy(model)
+    optimiser = torch.optim.SGD(unlearned.parameters(), config.unlearning.rate, config.unlearning.momentum)
+    for _ in range(config.unlearning.epochs):
+        unlearned.train()
+        for x, y in loader:
+            optimiser.zero_grad()
+            (-cross_entropy(unlearned(x.to(device)), y.to(device))).backward()
+            optimiser.step()
+        unlearned.eval()
+        right = 0
+        with torch.no_grad():
+            for x, y in plain:
+                right += int((unlearned(x.to(device)).argmax(1) == y.to(device)).sum())
+        if right / len(labels) <= 1 / num_classes:
+            break
+    ours = copy.deepcopy(model)
+    zero_one_by_one(ours, unlearned, num_classes, config)
+    optimiser = torch.optim.SGD(ours.parameters(), config.tuning.rate, config.tuning.momentum)
+    for _ in range(config.tuning.epochs_of(len(labels))):
+        for x, y in loader:
+            step(ours, optimiser, x.to(device), y.to(device), config.tuning)
+    return ours.eval()
+
+
+def zero_one_by_one(model: nn.Module, unlearned: nn.Module, num_classes: int, config: TSBDConfig) -> None:
+    """The most changed weights of the most changed neurons to zero, in place."""
+    after, neurons = dict(unlearned.named_parameters()), []
+    for name, weight in neuron_weights(model, num_classes).items():
+        for i in range(len(weight)):
+            change = (after[name][i] - weight[i]).detach().abs()
+            neurons.append((change.sum().item(), name, i, change))
+    neurons.sort(key=lambda neuron: -neuron[0])
+    chosen = neurons[:int(config.neurons * len(neurons))]
+    pool = sorted((value for _, _, _, change in chosen for value in change.flatten().tolist()), reverse=True)
+    threshold = pool[int(config.weights * len(pool)) - 1]
+    with torch.no_grad():
+        for _, name, i, change in chosen:
+            model.get_parameter(name)[i][change >= threshold] = 0
+
+
+def step(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, config: TuningConfig) -> None:
+    """One step down the mixed gradient, both parts from a copy of the network."""
+    model.train()
+    twin = copy.deepcopy(model)
+    cross_entropy(twin(x), y).backward()
+    here = [p.grad.clone() for p in twin.parameters()]
+    with torch.no_grad():
+        for parameter, gradient in zip(twin.parameters(), here, strict=True):
+            if gradient.norm() > 0:
+                parameter += config.radius * gradient / gradient.norm()
+    twin.zero_grad()
+    cross_entropy(twin(x), y).backward()
+    for parameter, one, other in zip(model.parameters(), here, twin.parameters(), strict=True):
+        parameter.grad = (1 - config.mix) * one + config.mix * other.grad
+    optimiser.step()
+    with torch.no_grad():
+        model(x)  # moves the statistics of the batch norms
+
+
+def clock(work: Callable[[], nn.Module], device: torch.device) -> tuple[float, float, nn.Module]:
+    """(seconds, seconds of this process's CPU, what came out)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu, found
+
+
+def compare(victim: Victim, clean: int, config: TSBDConfig, turns: int, workers: int, device: torch.device) -> dict:
+    """Both ways in turns: seconds of each, and ACC and ASR of what they give."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(len(victim.train.images), generator=generator)[:clean].to(device)
+    images, labels = victim.train.images[index], victim.train.labels[index]
+    shift, model = round(images.shape[-1] / 16), victim.model.to(device)
+    ways = {
+        "obvious": lambda: obvious(model, images.cpu(), labels.cpu(), victim.train.num_classes, victim.scale, shift,
+                                   config, workers),
+        "ours": lambda: defend(model, normalise(images, victim.scale), labels, config, augment=Shift(shift),
+                               generator=torch.Generator().manual_seed(0)).model,
+    }
+    found: dict[str, list] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, work in ways.items():
+            found[name].append(clock(work, device))
+    return {name: {"seconds": [round(run[0], 3) for run in runs], "cpu_seconds": [round(run[1], 3) for run in runs],
+                   "after": [measured(run[2], victim.test, victim.triggered, victim.record["target"], victim.scale)
+                             for run in runs]} for name, runs in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--zoo", type=Path, default=TINY_ZOO)
+    parser.add_argument("--network", default="digits-badnets-0.1-0")
+    parser.add_argument("--data", type=Path, help="folder of the image set, unless built in")
+    parser.add_argument("--clean", type=int, default=144, help="clean images")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=0, help="of the obvious one's DataLoader")
+    parser.add_argument("--out", type=Path, default=RECORDS / "tsbd_speed.json")
+    options = parser.parse_args()
+    device = chosen_device()
+    sample = next(model for model in read_zoo(options.zoo).models if model.name == options.network)
+    victim = read_victim(sample, options.data, Path("runs/defend/triggers"), device=device)
+    config = TSBDConfig(neurons=NEURONS, unlearning=UnlearningConfig(batch=options.batch),
+                        tuning=TuningConfig(batch=options.batch))
+    found = compare(victim, options.clean, config, options.turns, options.workers, device)
+    ratio = {kind: statistics.median(found["obvious"][kind]) / statistics.median(found["ours"][kind])
+             for kind in ("seconds", "cpu_seconds")}
+    record = {"command": "python -m benchmarks.tsbd_speed", "network": options.network, "clean": options.clean,
+              "batch": options.batch, "workers": options.workers, "threads": torch.get_num_threads(),
+              "device": str(device), "before": dict(victim.before), "runs": found, "times_faster": ratio,
+              "environment": environment()}
+    write_json(options.out, record)
+    for name, runs in found.items():
+        wall, cpu, after = (*(statistics.median(runs[kind]) for kind in ("seconds", "cpu_seconds")), runs["after"][-1])
+        print(f"{name:8} {wall:7.1f} s, {cpu:.1f} s of CPU, ACC {100 * after['ACC']:.1f}, ASR {100 * after['ASR']:.1f}")
+    print(f"{ratio['seconds']:.2f} times faster, {ratio['cpu_seconds']:.2f} times in CPU seconds")
+
+
+if __name__ == "__main__":
+    main()
