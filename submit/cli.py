@@ -265,6 +265,21 @@ def weights_train(
     train(name.value, out, seed=seed)
 
 
+@weights_app.command("tune", epilog="Example: python -m submit weights tune --data my_set/ --out my_weights/encoder")
+def weights_tune(
+    data: Annotated[Path, typer.Option(help="Training set in the organizers' layout: one CSV and its images.")],
+    out: Annotated[Path, typer.Option(help="New folder for the tuned encoder.")],
+    source: Annotated[Path | None, typer.Option("--from", help="Encoder to start from. Default: the embedded.")] = None,
+    cache: Annotated[Path, typer.Option(help="Folder for the features of the images.")] = Path("runs/features"),
+    seed: Seed = 0, device: Device = "auto",
+) -> None:
+    """Fit the last layer of an image encoder to a training set of retrieval; the rest of it runs once an image."""
+    from submit.weight_commands import tune
+
+    raise typer.Exit(
+        1 if tune(data, out, source=source, cache=cache, seed=seed, device=_use_device(device)) else 0)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 something could not be scored, 2 bad input, 130 interrupted."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be what a terminal can show
