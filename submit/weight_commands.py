@@ -12,10 +12,16 @@ TRAINERS = {"parser": "retrieval.train_parser", "encoder": "retrieval.train_enco
             "backbone": "anomaly.train_backbone"}
 
 
-def train(name: str, out: Path, *, seed: int) -> None:
-    """Train `name` into the new folder `out`, progress on stderr, figures on stdout."""
+def train(name: str, out: Path, *, seed: int, start: Path | None = None) -> None:
+    """Train `name` into the new folder `out`, progress on stderr, figures on stdout.
+
+    start: pretrained encoder, for the parser only.
+    """
     expect(not out.exists(), out, "a folder that does not exist yet", "one that does")
-    card = import_module(TRAINERS[name]).train(out, seed=seed, progress=lambda line: print(line, file=sys.stderr))
+    expect(start is None or name == "parser", "--start", "the parser", name)
+    more = {} if start is None else {"start": start}
+    card = import_module(TRAINERS[name]).train(out, seed=seed, progress=lambda line: print(line, file=sys.stderr),
+                                               **more)
     print(json.dumps(card["figures"], indent=1))
     print(f"weights: {out}")
 

@@ -297,8 +297,10 @@ def test_training_writes_a_folder_that_loads_and_repeats(tmp_path):
 def test_bad_folders_and_settings_are_refused(tmp_path, refuses):
     with refuses(r"config.json: expected a file of a trained parser, found nothing"):
         load_parser(tmp_path, CPU)
-    with refuses(r"ParserTrainingConfig.warm_up: expected in \(0, steps\), found 9"):
+    with refuses(r"ParserTrainingConfig.steps: expected more than warm_up 9, found 5"):
         ParserTrainingConfig(steps=5, warm_up=9)
+    with refuses(r"ParserTrainingConfig.steps_narrow: expected more than warm_up 9, found 9"):
+        ParserTrainingConfig(steps=10, steps_narrow=9, warm_up=9)
     with refuses(r"ParserTrainingConfig.width: expected a multiple of heads, found 20"):
         ParserTrainingConfig(width=20, heads=6)
     with refuses(r"ParserTrainingConfig.masked: expected in \[0, 1\), found 1"):
