@@ -1,8 +1,9 @@
 """Which images of a gallery lie nearest: one small interface, and exact search in blocks behind it.
 
 The interface is `search(queries, k) -> (scores, rows)`; `retrieval.faiss_gallery` and `retrieval.qdrant_gallery` have
-it too. Exact search finds candidates block by block in float32 and scores only those in float64, so the answer is the
-same for every size of block, order of sums and number of threads.
+it too. Exact search finds candidates block by block, in float32 or, where that is faster, in bfloat16, and scores only
+those in float64. What each product can be wrong by is allowed for, so the answer is the same for every precision, size
+of block, order of sums and number of threads.
 """
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.devices import half_is_faster
 from data.errors import InputError, expect
 
 MAX_BYTES = 2**28  # of one block and what is computed from it
 QUERY_BLOCK = 256  # queries compared with a block at a time
+MANY = 8  # times k candidates of a block: then images lie too close together for bfloat16 to tell them apart
 
 
 class Gallery(Protocol):
@@ -56,13 +59,17 @@ class ExactGallery:
         directions = unit_rows(queries, "queries")
         scores = directions.new_full((len(queries), k), -torch.inf)
         rows = torch.full_like(scores, -1, dtype=torch.long)
+        coarse = queries.device.type == "cpu" and half_is_faster(queries.device)
         for start, block in blocks(self.vectors, self._block_rows(len(queries)), queries.device):
             unit = unit_rows(block, "gallery", start)
             for i in range(0, len(queries), QUERY_BLOCK):
                 part = slice(i, i + QUERY_BLOCK)
-                query, row = _candidates(directions[part] @ unit.T, scores[part, -1], k, _slack(unit.shape[1]))
-                exact = self._exact(queries[part], block, query, row)
-                scores[part], rows[part] = _merged(scores[part], rows[part], query, exact, row + start)
+                found = _candidates(directions[part], unit, scores[part, -1], k, coarse)
+                if coarse and len(found[0]) > MANY * k * len(queries[part]):
+                    coarse = False
+                    found = _candidates(directions[part], unit, scores[part, -1], k, coarse)
+                exact = self._exact(queries[part], block, *found)
+                scores[part], rows[part] = _merged(scores[part], rows[part], found[0], exact, found[1] + start)
         return scores, rows
 
     def _block_rows(self, queries: int) -> int:
@@ -155,22 +162,29 @@ def _advise(rows: np.ndarray, advice: str) -> None:
         owner.madvise(getattr(mmap, advice), page, first + rows.nbytes - page)
 
 
-def _slack(width: int) -> float:
-    """Twice the error that a float32 product of unit vectors of this width can have, in any order of its sums."""
-    return (width + 2) * 2**-22
-
-
-def _candidates(cosines: Tensor, worst: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
+def _candidates(queries: Tensor, block: Tensor, worst: Tensor, k: int, coarse: bool) -> tuple[Tensor, Tensor]:
     """Pairs (query, row of the block) that may be among the k best: (C,), (C,), ordered by query, then row.
 
-    cosines: (q, B), inexact; worst: (q,), the k-th best score so far.
+    queries (q, D), block (B, D): unit rows. worst: (q,), the k-th best score so far. coarse: compare in bfloat16.
     """
+    kind = torch.bfloat16 if coarse else torch.float32
+    cosines = (queries.to(kind) @ block.to(kind).T).float()  # (q, B)
+    slack = _slack(block.shape[1], coarse)
     hopeful = (cosines.amax(1) >= worst - slack).nonzero()[:, 0]  # most blocks hold nothing new for most queries
     cosines, floor = cosines[hopeful], worst[hopeful]
     if k <= cosines.shape[1]:
         floor = torch.maximum(floor, cosines.topk(k).values[:, -1])
     query, row = (cosines >= (floor - slack)[:, None]).nonzero(as_tuple=True)
     return hopeful[query], row
+
+
+def _slack(width: int, coarse: bool) -> float:
+    """At least twice what a product of unit vectors of this width can be wrong by, in any order of its sums.
+
+    In bfloat16 both factors and the result are rounded by up to 2^-9 of their value; sums are float32.
+    """
+    rounded = coarse or torch.get_float32_matmul_precision() != "highest"  # then float32 may be as coarse
+    return (width + 2) * 2**-22 + (6.5 * 2**-9 if rounded else 0)
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:

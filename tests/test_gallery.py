@@ -35,9 +35,11 @@ def bytes_for(rows, width, queries):
     return 2 * rows * (16 * width + 12 * min(queries, gallery.QUERY_BLOCK))
 
 
-@pytest.fixture(params=[1, 2, 7, 50, 1000], ids="blocks of {}".format)
-def block(request):
-    return request.param
+@pytest.fixture(params=[(1, False), (2, True), (7, True), (7, False), (50, False), (1000, True)],
+                ids=lambda given: f"blocks of {given[0]}" + " in bfloat16" * given[1])
+def block(request, monkeypatch):
+    monkeypatch.setattr(gallery, "half_is_faster", lambda _: request.param[1])
+    return request.param[0]
 
 
 @pytest.mark.parametrize("k", [1, 5, 64])
@@ -84,6 +86,23 @@ def test_differences_below_the_error_of_a_float32_product_count(block):
     queries = randn(2, 300).double() + 1
     found = ExactGallery(vectors, max_bytes=bytes_for(block, 300, 2)).search(queries, 30)
     assert_same(found, full_matrix(queries, vectors, 30))
+
+
+@pytest.mark.parametrize(("spread", "kinds"), [(1.0, [True] * 4), (1e-3, [True] + [False] * 4)])
+def test_images_that_lie_close_together_are_compared_in_float32(monkeypatch, spread, kinds):
+    seen, real = [], gallery._candidates
+    monkeypatch.setattr(gallery, "half_is_faster", lambda _: True)
+    monkeypatch.setattr(gallery, "_candidates", lambda *given: (seen.append(given[-1]), real(*given))[1])
+    vectors, queries = randn(1, 64) + spread * randn(400, 64, seed=1), randn(3, 64, seed=2)
+    found = ExactGallery(vectors, max_bytes=bytes_for(100, 64, 3)).search(queries, 2)
+    assert seen == kinds
+    assert_same(found, full_matrix(queries, vectors, 2))
+
+
+def test_a_float32_product_that_is_made_coarser_elsewhere_is_allowed_for(monkeypatch):
+    exact = gallery._slack(768, coarse=False)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert gallery._slack(768, coarse=False) == gallery._slack(768, coarse=True) > 50 * exact
 
 
 def test_all_cosines_negative_still_find_the_least_bad(block):
@@ -170,7 +189,8 @@ def test_pages_of_a_memory_map_are_given_back(tmp_path):
 
 def test_memory_stays_within_the_bound(monkeypatch):
     held, real = [], gallery._candidates
-    monkeypatch.setattr(gallery, "_candidates", lambda block, *rest: held.append(block.shape) or real(block, *rest))
+    monkeypatch.setattr(gallery, "_candidates", lambda queries, block, *rest: (
+        held.append((len(queries), len(block))), real(queries, block, *rest))[1])
     ExactGallery(randn(3000, 10), max_bytes=100_000).search(randn(500, 10, seed=1), 2)
     assert {q for q, _ in held} == {256, 244} and sum(b for _, b in held) == 2 * 3000
     assert max(b for _, b in held) * (16 * 10 + 12 * 256) <= 50_000
