@@ -7,7 +7,9 @@ export OMP_WAIT_POLICY ?= PASSIVE  # threads that spin while waiting make tests 
 
 .PHONY: score test lint setup clean
 score: setup
-	@$(PY) -m submit score all
+	@$(PY) -m submit score all --explain; status=$$?; \
+	[ $$status -gt 1 ] || $(PY) -m submit report || status=$$?; \
+	exit $$status
 
 test: setup lint
 	@$(PY) -m pytest -q --durations=8

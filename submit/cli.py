@@ -253,6 +253,20 @@ def profile_task(
     raise typer.Exit(1 if broken(profile(asked, run, command=_command(), as_json=json)) else 0)
 
 
+@app.command(epilog="Example: python -m submit report runs/20260102-101500-4711-score-all --out report.html")
+def report(
+    chosen: Annotated[list[Path] | None, typer.Argument(
+        metavar="[RUN]...", help="Folders that commands left under runs/. Default: the newest scored run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New HTML file. Default: report.html in the first RUN.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json: Json = False, runs: Runs = Path("runs"),
+) -> None:
+    """One HTML page of any runs: results, limits, pictures, curves. Nothing else is needed to read it."""
+    from submit.report_commands import report as write
+
+    write(chosen or [], out, runs, force=force, as_json=json)
+
+
 @weights_app.command("train", epilog="Example: python -m submit weights train parser --out my_parser")
 def weights_train(
     name: Annotated[Weights, typer.Argument(help="Which of the embedded models.")],
