@@ -438,7 +438,7 @@ def a_fickle_model(seed=4):
 
 
 @pytest.mark.parametrize("config", [QUICK["sau"], SharedUnlearningConfig(
-    rounds=2, batch=4, rate=0.05, radius=0.5, step=0.3, steps=3, wrong=0.5, clean=0.7, shared=2.0)])
+    rounds=1, batch=4, rate=0.05, radius=0.5, step=0.3, steps=3, wrong=0.5, clean=0.7, shared=2.0)])
 def test_shared_unlearning_agrees_with_loops(config):
     found, plain = defended("sau", a_fickle_model(), config), a_fickle_model()
     losses = shared_by_hand(plain, config, started())
