@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DistilBertConfig, DistilBertForTokenClassification
 
 from data.errors import expect
-from retrieval.integer_products import supported, with_integer_products
+from retrieval.integer_products import IntegerTagger, supported
 
 LABELS = ("O", "B-add", "I-add", "B-remove", "I-remove")
 OUTSIDE = 0
@@ -84,9 +84,9 @@ def load_parser(folder: Path, device: torch.device) -> Parser:
     return Parser(quickened(model.to(device)), tokenizer)
 
 
-def quickened(model: DistilBertForTokenClassification) -> DistilBertForTokenClassification:
-    """The model for inference: changed in place where integers are faster."""
-    return with_integer_products(model) if model.device.type == "cpu" and supported() else model
+def quickened(model: DistilBertForTokenClassification) -> DistilBertForTokenClassification | IntegerTagger:
+    """The model for inference, in integers where these are faster."""
+    return IntegerTagger(model) if model.device.type == "cpu" and supported() else model
 
 
 def new_model(config: DistilBertConfig, *, seed: int) -> DistilBertForTokenClassification:
@@ -99,7 +99,7 @@ def new_model(config: DistilBertConfig, *, seed: int) -> DistilBertForTokenClass
 class Parser:
     """A token classifier with its tokenizer. Works on the device of the model."""
 
-    def __init__(self, model: DistilBertForTokenClassification, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: DistilBertForTokenClassification | IntegerTagger, tokenizer: Tokenizer) -> None:
         """tokenizer: with [CLS] and [SEP] in its template and a [PAD] token."""
         self.model = model
         self.tokenizer = tokenizer

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertForMaskedLM, DistilBertModel
 
 import retrieval.train_parser as training
-from retrieval.integer_products import IntegerLinear, supported, with_integer_products
+from retrieval.integer_products import IntegerLinear, IntegerTagger, supported
 from retrieval.neuron_pruning import pruned
 from retrieval.parser import Parser, load_parser, new_model, split_words
 from retrieval.pretrained_encoder import (
@@ -241,40 +241,50 @@ def test_more_neurons_than_there_are_is_refused(classifier, refuses):
 
 # --- integer products
 
-@pytest.mark.parametrize("shape", [(7,), (3, 5), (1,)])
-def test_integer_products_equal_the_sum_over_rounded_numbers(shape):
-    layer = nn.Linear(24, 70)
-    x = torch.randn(*shape, 24, generator=seeded()) * torch.tensor([0.01, 3.0]).repeat(12)
+def test_integer_products_equal_the_sum_over_rounded_numbers():
+    layers = [nn.Linear(24, 70), nn.Linear(24, 3)]
+    x = torch.randn(5, 24, generator=seeded()) * torch.tensor([0.01, 3.0]).repeat(12)
     with torch.inference_mode():
-        found = IntegerLinear(layer)(x)
-        assert found.shape == (*shape, 70)
-        for row, out in zip(x.reshape(-1, 24), found.reshape(-1, 70), strict=True):
+        found = IntegerLinear(*layers)(x)
+        assert found.shape == (5, 73)
+        for row, out in zip(x, found, strict=True):
             unit = float(row.abs().max()) / 127
             whole = [round(float(value) / unit) for value in row]
-            for j in (0, 33, 69):
+            for layer, j, place in ((layers[0], 0, 0), (layers[0], 69, 69), (layers[1], 2, 72)):
                 step = float(layer.weight[j].abs().max()) / 127
                 weights = [round(float(value) / step) for value in layer.weight[j]]
                 total = sum(a * b for a, b in zip(whole, weights, strict=True))
-                assert float(out[j]) == pytest.approx(total * unit * step + float(layer.bias[j]), abs=1e-4)
-        torch.testing.assert_close(found, layer(x), atol=0.05, rtol=0.05)
+                assert float(out[place]) == pytest.approx(total * unit * step + float(layer.bias[j]), abs=1e-4)
+        torch.testing.assert_close(found, torch.cat([layer(x) for layer in layers], 1), atol=0.05, rtol=0.05)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    layer = IntegerLinear(nn.Linear(33, 64, bias=False))
+    layer = IntegerLinear(nn.Linear(33, 64))
     rows = torch.randn(9, 33, generator=seeded(1))
     rows[4] *= 1e6
     rows[5] = 0
     with torch.inference_mode():
         together = layer(rows)
         assert torch.equal(together, torch.cat([layer(row[None]) for row in rows]))
-    assert torch.equal(together[5], torch.zeros(64)) and together.isfinite().all()
+    assert torch.equal(together[5], layer.bias) and together.isfinite().all()
 
 
-def test_only_larger_layers_are_replaced():
-    model = nn.Sequential(nn.Linear(4, 64), nn.Sequential(nn.Linear(64, 5), nn.Linear(64, 128)))
-    assert with_integer_products(model) is model
-    assert [type(part) for part in model.modules() if not isinstance(part, nn.Sequential)] == [
-        IntegerLinear, nn.Linear, IntegerLinear]
+def test_the_tagger_in_integers_gives_nearly_the_logits_of_the_model(classifier):
+    tagger = IntegerTagger(classifier)
+    assert tagger.config is classifier.config and tagger.device == CPU
+    with torch.inference_mode():
+        exact = classifier(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+        found = tagger(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    assert (found - exact).abs().max() < 0.05 * exact.std()
+    assert not torch.equal(found, exact)
+
+
+def test_padding_changes_nothing_in_integers(classifier):
+    tagger = IntegerTagger(classifier)
+    with torch.inference_mode():
+        alone = tagger(input_ids=IDS[:1, :5], attention_mask=MASK[:1, :5]).logits
+        padded = tagger(input_ids=IDS, attention_mask=MASK).logits[:1, :5]
+    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=0)
 
 
 def test_a_layer_too_deep_for_32_bits_is_refused(refuses):
