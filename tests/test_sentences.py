@@ -6,8 +6,17 @@ import re
 import pytest
 import torch
 
-from data.phrasebook import SPLITS, Template, objects
-from data.sentences import ADD, REMOVE, _frames, labelled_sentence, labelled_sentences, made_up_word, write_request
+from data.phrasebook import SPLITS, Template, _choices, _sections, objects, templates
+from data.sentences import (
+    ADD,
+    REMOVE,
+    _frames,
+    labelled_sentence,
+    labelled_sentences,
+    made_up_word,
+    mistyped,
+    write_request,
+)
 
 NAMES = ["red mug", "set of copper pots", "x-ray machine", "chef's hat", "12-inch ruler", "lamp"]
 
@@ -62,6 +71,47 @@ def test_the_share_of_made_up_words():
                  for name in spanned(sentence, ADD)]
         strange = sum(not set(name.split()) <= known for name in names) / len(names)
         assert low <= strange <= high
+
+
+def test_names_draw_on_the_words_given():
+    given = ["zzyx", "qwqw"]
+    shares = []
+    for words in ((), given):
+        names = [name.lower() for sentence in labelled_sentences(500, "train", generator=seeded(), invented=1.0,
+                                                                 words=words) for name in spanned(sentence, ADD)]
+        shares.append(sum(bool(set(name.split()) & set(given)) for name in names) / len(names))
+    assert shares[0] == 0 and 0.4 < shares[1] < 0.9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_names_have_one_to_six_words_and_end_in_one_that_means_something(share):
+    for sentence in labelled_sentences(1500, "train", generator=seeded(2), invented=share, words=["zzyx"]):
+        for name in (name.lower() for side in (ADD, REMOVE) for name in spanned(sentence, side)):
+            assert 1 <= len(name.split()) <= 6, name
+            assert name.split()[-1] not in ("and", "&", "of", "with", "for", "in", "on", "a", "the"), name
+
+
+def test_mistyped_words_differ_by_one_slip():
+    word, seen = "replace", set()
+    for seed in range(200):
+        typo = mistyped(word, random.Random(seed))
+        assert abs(len(typo) - len(word)) <= 1
+        if len(typo) == len(word):
+            assert sorted(typo) == sorted(word)
+        else:
+            longer, shorter = sorted((typo, word), key=len, reverse=True)
+            assert shorter in {longer[:i] + longer[i + 1:] for i in range(len(longer))}
+        seen.add(typo)
+    assert {"relpace", "rplace", "repplace"} <= seen
+
+
+def test_the_training_wording_is_rich():
+    assert len({template.frame for template in templates("train")}) >= 1500
+    for side, slot in (("add", "{+}"), ("remove", "{-}")):
+        clauses = [clause for line in _sections("train")[side]
+                   for clause in _choices(line.replace("<scene>", "").replace(slot, ""))]
+        assert len({clause.split()[0] for clause in clauses}) >= 200  # verbs
+        assert len({" ".join(clause.split()[:2]) for clause in clauses}) >= 400  # with particles
 
 
 def test_wording_varies():
