@@ -165,32 +165,6 @@ def zoo_inspect(folder: Annotated[Path, typer.Argument(help="Folder of a zoo.")]
     raise typer.Exit(1 if inspect(folder, as_json=json) else 0)
 
 
-@app.command("profile", epilog="Examples: python -m submit profile anomaly --preset report --images 200; "
-                               "python -m submit profile backdoor --classes 200 --gpu here")
-def profile_task(
-    task: Annotated[ProfiledTask, typer.Argument(help="Which task; repair is `defense.predict.repair_model`.")],
-    gpu: Annotated[str, typer.Option(help="Whom to predict for: a GPU of submit/gpus.toml, or `here`.")] = "rtx4090",
-    preset: Annotated[str, typer.Option(
-        help="embedded or report for retrieval; embedded, musc, report or musc-v2 for anomaly.")] = "embedded",
-    queries: Annotated[int | None, typer.Option(help="Of retrieval, and as many database images.", min=1)] = None,
-    images: Annotated[int | None, typer.Option(help="Of a category; of a repair, the clean ones.", min=2)] = None,
-    categories: Annotated[int | None, typer.Option(help="Of the anomaly task.", min=1)] = None,
-    classes: Annotated[int | None, typer.Option(help="Of a network.", min=3)] = None,
-    gpu_memory: Annotated[float | None, typer.Option(
-        help="GiB that may be used, in place of the GPU's; on a larger GPU the allocator is capped.", min=0.1)] = None,
-    device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
-) -> None:
-    """Time and memory by stage, here and predicted for a GPU one does not have, against the limit."""
-    import torch
-
-    from submit.profile_commands import asked_for, broken, profile
-
-    sizes = {"queries": queries, "images": images, "categories": categories, "classes": classes}
-    asked = asked_for(task.value, preset, sizes, gpu, gpu_memory, torch.device(_use_device(device)))
-    run = _new_run(runs, f"profile-{task.value}")
-    raise typer.Exit(1 if broken(profile(asked, run, command=_command(), as_json=json)) else 0)
-
-
 @app.command(epilog="Examples: python -m submit defend tsbd --zoo data/zoos/tiny; "
                     "python -m submit defend sweep defense/sweeps/tiny.toml")
 def defend(
