@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ from data.image_sets import read_digits
 from data.model_zoo import ZooModel, read_zoo
 from data.victims import VictimConfig, augment, normalise
 from defense.deadline import Deadline
+from defense.defenses import defense_config
 from defense.given import own_randomness, take
 from defense.metrics import defense_effectiveness
 from defense.neurons import neuron_weights
 from defense.training import Shift, Training
-from defense.tsbd import TSBDConfig, defend
+from defense.tsbd import defend
 from defense.unlearning import UnlearningConfig, clean_unlearning
 from defense.weight_change import weight_change
 from defense.zero_reinitialisation import ReinitialisationConfig, weights_to_zero, zero_reinitialisation
@@ -122,8 +122,7 @@ def vit_repaired(epochs: int, device: torch.device) -> dict[str, Any]:
             optimiser.step()
     before = measured(model.eval(), test, bad.trigger(test.images), 0, config)
     index = torch.randperm(len(train.images), generator=generator)[:round(0.05 * len(train.images))].to(device)
-    settings = replace(TSBDConfig(), unlearning=UnlearningConfig(rate=1e-3, batch=BATCH),
-                       tuning=replace(TSBDConfig().tuning, batch=BATCH))
+    settings = defense_config("tsbd", {**BASE, "unlearning": {**PART, "rate": 1e-3}}, "ViT")
     found = defend(model, normalise(train.images[index], config), train.labels[index], settings,
                    generator=torch.Generator().manual_seed(0), augment=Shift(1))
     after = measured(found.model, test, bad.trigger(test.images), 0, config)

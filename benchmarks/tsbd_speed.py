@@ -56,7 +56,7 @@ class Pictures(Dataset):
 def obvious(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, scale: VictimConfig, shift: int,
             config: TSBDConfig, workers: int) -> nn.Module:
     """TSBD as one would write it down."""
-    device = next(model.parameters()).device
+    like = next(model.parameters())  # its device and dtype
     loader = DataLoader(Pictures(images, labels, scale, shift), config.tuning.batch, shuffle=True, num_workers=workers)
     plain = DataLoader(Pictures(images, labels, scale, 0), config.tuning.batch, num_workers=workers)
     unlearned = copy.deepcopy(model)
@@ -65,13 +65,13 @@ def obvious(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, 
         unlearned.train()
         for x, y in loader:
             optimiser.zero_grad()
-            (-cross_entropy(unlearned(x.to(device)), y.to(device))).backward()
+            (-cross_entropy(unlearned(x.to(like)), y.to(like.device))).backward()
             optimiser.step()
         unlearned.eval()
         right = 0
         with torch.no_grad():
             for x, y in plain:
-                right += int((unlearned(x.to(device)).argmax(1) == y.to(device)).sum())
+                right += int((unlearned(x.to(like)).argmax(1) == y.to(like.device)).sum())
         if right / len(labels) <= 1 / num_classes:
             break
     ours = copy.deepcopy(model)
@@ -79,7 +79,7 @@ def obvious(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, 
     optimiser = torch.optim.SGD(ours.parameters(), config.tuning.rate, config.tuning.momentum)
     for _ in range(config.tuning.epochs_of(len(labels))):
         for x, y in loader:
-            step(ours, optimiser, x.to(device), y.to(device), config.tuning)
+            step(ours, optimiser, x.to(like), y.to(like.device), config.tuning)
     return ours.eval()
 
 
