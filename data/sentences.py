@@ -70,24 +70,26 @@ def labelled_sentence(add: Sequence[str], remove: Sequence[str], *, split: str,
         expect(not isinstance(names, str) and len(names) <= 3, side, "at most three names", repr(names))
         expect(all(name.strip() for name in names), side, "names with at least one word", repr(names))
     expect(add or remove, "add and remove", "at least one name", "none")
-    return _sentence(tuple(add), tuple(remove), split, _local(generator), strange=False)
+    return _sentence(tuple(add), tuple(remove), split, _local(generator))
 
 
 def labelled_sentences(n: int, split: str, *, generator: torch.Generator, invented: float = 0.0,
-                       words: Sequence[str] = (), counts: Mapping[tuple[int, int], int] = COUNTS
-                       ) -> list[LabelledSentence]:
+                       words: Sequence[str] = (), bent: float | None = None,
+                       counts: Mapping[tuple[int, int], int] = COUNTS) -> list[LabelledSentence]:
     """n sentences about objects of the split; in a share of the names words are made up or mixed with another name's.
 
     counts: (names to add, to remove) -> weight. words: English words of any kind that made-up names draw on too.
-    In half that share of the sentences words of the frame are made up or mistyped too, so that not every unknown
-    word is a name.
+    bent: share of the sentences in which words of the frame are mistyped or others stand in for them, from `words`
+    or made up, so that not every unknown word is a name. None: half of `invented`, and none from `words`.
     """
     expect(0 <= invented <= 1, "invented", "a share in [0, 1]", invented)
+    expect(bent is None or 0 <= bent <= 1, "bent", "a share in [0, 1]", bent)
     rng = _local(generator)
     sentences = []
     for p, m in rng.choices(list(counts), list(counts.values()), k=n):
         names = _names(p + m, split, rng, invented, words)
-        sentences.append(_sentence(names[:p], names[p:], split, rng, strange=rng.random() < invented / 2))
+        strange = rng.random() < (invented / 2 if bent is None else bent)
+        sentences.append(_sentence(names[:p], names[p:], split, rng, strange, () if bent is None else words))
     return sentences
 
 
@@ -189,16 +191,16 @@ def _verbs(split: str) -> frozenset[str]:
     return frozenset(word_list("swapping verbs")) | first
 
 
-def _frame_text(split: str, add: int, remove: int, rng: random.Random, strange: bool) -> str:
-    """A template with what may stand before and after it; one word in it is made up if `strange`."""
+def _frame_text(split: str, add: int, remove: int, rng: random.Random, strange: bool, others: Sequence[str]) -> str:
+    """A template with what may stand before and after it; if `strange`, a word in each part is another or mistyped."""
     frames, weights = _frames(split, add, remove)
     text = rng.choice(rng.choices(frames, cum_weights=weights)[0]).text
     if strange and add and remove:
-        text = _with_strange_word(text, rng)
+        text = _with_strange_word(text, rng, others)
     extras = []
     for section, share in (("lead", _LEAD), ("tail", _TAIL)):
         extra = rng.choice(phrases(split, section)) if rng.random() < share else ""
-        extras.append(_with_strange_word(extra, rng) if strange else extra)
+        extras.append(_with_strange_word(extra, rng, others) if strange else extra)
     lead, tail = extras
     command = text.split()[0] in _verbs(split)
     if lead and (command or lead[-1] in ",:"):
@@ -206,11 +208,11 @@ def _frame_text(split: str, add: int, remove: int, rng: random.Random, strange: 
     return text + ("" if not tail or text[-1] in ".?!" else tail if tail[0] in ",.!" else f" {tail}")
 
 
-def _with_strange_word(text: str, rng: random.Random) -> str:
-    """Replace one longer word by a made-up one with the same ending, or mistype it."""
+def _with_strange_word(text: str, rng: random.Random, others: Sequence[str]) -> str:
+    """Replace one longer word by a made-up one with the same ending or one of the others, or mistype it."""
     longer = list(re.finditer(r"[a-z]{4,}", text))
     if longer and rng.random() < 0.35:
-        found = rng.choice(longer)
+        found = longer[0] if others and rng.random() < 0.4 else rng.choice(longer)  # the first one is mostly a verb
         return text[:found.start()] + mistyped(found[0], rng) + text[found.end():]
     kept = word_list("kept words")  # these say which side is which
     words = [found for found in longer if found[0] not in kept]
@@ -218,7 +220,8 @@ def _with_strange_word(text: str, rng: random.Random) -> str:
         return text
     found = rng.choice(words)
     ending = re.search(r"(?:ing|ed|ly|s)?$", found[0])[0]
-    return text[:found.start()] + made_up_word(rng, ending) + text[found.end():]
+    other = rng.choice(others) if others and rng.random() < 0.6 else made_up_word(rng, ending)
+    return text[:found.start()] + other + text[found.end():]
 
 
 def mistyped(word: str, rng: random.Random) -> str:
@@ -230,10 +233,10 @@ def mistyped(word: str, rng: random.Random) -> str:
 
 # --- sentences
 
-def _sentence(add: tuple[str, ...], remove: tuple[str, ...], split: str, rng: random.Random, strange: bool
-              ) -> LabelledSentence:
+def _sentence(add: tuple[str, ...], remove: tuple[str, ...], split: str, rng: random.Random, strange: bool = False,
+              others: Sequence[str] = ()) -> LabelledSentence:
     """Fill a template and set its case and marks."""
-    frame = _frame_text(split, len(add), len(remove), rng, strange)
+    frame = _frame_text(split, len(add), len(remove), rng, strange, others)
     if rng.random() < 0.15:
         frame = frame.replace("'", "’")
     parts = re.split(r"(\{[+-]\})", frame)

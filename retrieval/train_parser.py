@@ -71,7 +71,7 @@ class ParserTrainingConfig:
     """Sizes and schedule. The defaults are the embedded weights."""
 
     steps: int = 2500  # before neurons are left out; from scratch there is only this stage
-    steps_narrow: int = 6000  # after that
+    steps_narrow: int = 6500  # after that
     neurons: int = 768  # of each feed-forward part in the end
     batch: int = 32  # sentences a step
     rate: float = 1e-3  # highest learning rate, after the warm-up, of weights that start at random
@@ -79,7 +79,8 @@ class ParserTrainingConfig:
     embedding_rate: float = 1e-4  # the same of pretrained word embeddings: most words of a text to come are never seen
     warm_up: int = 200  # steps
     weight_decay: float = 0.01
-    invented: float = 0.5  # share of names and frames with made-up words
+    invented: float = 0.5  # share of names with made-up words; in the first stage half of it for frames
+    bent: float = 0.4  # share of frames with a mistyped or another word, in the last stage
     masked: float = 0.05  # share of sub-words hidden from the model
     parted: float = 0.1  # share of words that are split into short pieces, as words never seen are
     vocabulary: int = 8000  # word pieces
@@ -96,7 +97,7 @@ class ParserTrainingConfig:
             steps = getattr(self, name)
             expect(self.warm_up < steps, f"ParserTrainingConfig.{name}", f"more than warm_up {self.warm_up}", steps)
         expect(self.width % self.heads == 0, "ParserTrainingConfig.width", "a multiple of heads", self.width)
-        for name in ("invented", "masked", "parted", "dropout"):
+        for name in ("invented", "bent", "masked", "parted", "dropout"):
             expect(0 <= getattr(self, name) < 1, f"ParserTrainingConfig.{name}", "in [0, 1)", getattr(self, name))
 
 
@@ -243,13 +244,13 @@ def name_words(pieces: Iterable[str]) -> tuple[str, ...]:
                  and piece not in kept)[_COMMON:]
 
 
-def _batches(parser: Parser, config: ParserTrainingConfig, words: Sequence[str], generator: torch.Generator
+def _batches(parser: Parser, config: ParserTrainingConfig, stage: _Stage, generator: torch.Generator
              ) -> Iterator[tuple[list[Encoded], list[list[int]]]]:
     """Endless batches of encoded sentences with labels; sentences of like length share one."""
     splitting = Parser(parser.model, splitting_tokenizer(parser.tokenizer))
     while True:
         sentences = labelled_sentences(config.batch * _POOL, "train", generator=generator, invented=config.invented,
-                                       words=words, counts=EVEN_COUNTS)
+                                       words=stage.words, bent=stage.bent, counts=EVEN_COUNTS)
         rows = [split_words(sentence.text) for sentence in sentences]
         labels = [word_labels(row, sentence.spans) for row, sentence in zip(rows, sentences, strict=True)]
         encoded = [mixed(whole, parted, (torch.rand(len(row), generator=generator) < config.parted).tolist())
@@ -273,11 +274,14 @@ def fit(config: ParserTrainingConfig, encoder: Encoder | None = None, *, seed: i
     parser.model.to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout knows only the global generator
-        words = name_words(encoder.pieces if encoder else parser.tokenizer.get_vocab())
-        _optimise(parser, config, config.steps, words, encoder is not None, generator, progress, checkpoints[0])
+        vocabulary = parser.tokenizer.get_vocab()
+        words = name_words(encoder.pieces if encoder else sorted(vocabulary, key=vocabulary.get))
+        stage = _Stage(config.steps, words, None if encoder else config.bent, encoder is not None, checkpoints[0])
+        _optimise(parser, config, stage, generator, progress)
         if encoder is not None and config.neurons < parser.model.config.hidden_dim:
             parser = _narrowed(parser, config, seed)
-            _optimise(parser, config, config.steps_narrow, words, True, generator, progress, checkpoints[1])
+            stage = _Stage(config.steps_narrow, words, config.bent, True, checkpoints[1])
+            _optimise(parser, config, stage, generator, progress)
     parser.model.eval()
     return parser
 
@@ -343,23 +347,35 @@ class _Run:
         torch.set_rng_state(state["dropout"])
 
 
-def _optimise(parser: Parser, config: ParserTrainingConfig, steps: int, words: Sequence[str], pretrained: bool,
-              generator: torch.Generator, progress: Callable[[str], None], checkpoint: Path | None) -> None:
-    """Train for so many steps, from the checkpoint if there is one. words: see `labelled_sentences`."""
+@dataclass(frozen=True)
+class _Stage:
+    """A part of the training with a learning rate that falls to 0."""
+
+    steps: int
+    words: Sequence[str]  # this and the next: see `labelled_sentences`
+    bent: float | None
+    pretrained: bool
+    checkpoint: Path | None
+
+
+def _optimise(parser: Parser, config: ParserTrainingConfig, stage: _Stage, generator: torch.Generator,
+              progress: Callable[[str], None]) -> None:
+    """Train through a stage, from its checkpoint if there is one."""
     model = parser.model.train()
-    optimizer = torch.optim.AdamW(_groups(model, config, pretrained), weight_decay=config.weight_decay, fused=True)
-    run = _Run(model, optimizer, lambda step: _rate(step, config.warm_up, steps), generator)
-    if checkpoint and checkpoint.exists():
-        run.load(checkpoint)
+    groups = _groups(model, config, stage.pretrained)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    run = _Run(model, optimizer, lambda step: _rate(step, config.warm_up, stage.steps), generator)
+    if stage.checkpoint and stage.checkpoint.exists():
+        run.load(stage.checkpoint)
         progress(f"goes on after step {run.step}")
-    batches, running = _batches(parser, config, words, generator), 0.0
-    while run.step < steps:
+    batches, running = _batches(parser, config, stage, generator), 0.0
+    while run.step < stage.steps:
         running += _step(run, parser, config, next(batches))
         if run.step % 100 == 0:
-            progress(f"step {run.step} of {steps}, loss {running / 100:.4f}")
+            progress(f"step {run.step} of {stage.steps}, loss {running / 100:.4f}")
             running = 0.0
-        if checkpoint and (run.step % _SAVED == 0 or run.step == steps):
-            run.save(checkpoint)
+        if stage.checkpoint and (run.step % _SAVED == 0 or run.step == stage.steps):
+            run.save(stage.checkpoint)
 
 
 def _step(run: _Run, parser: Parser, config: ParserTrainingConfig, batch: tuple) -> float:
