@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -100,10 +101,16 @@ def _asked(package: Submission) -> list[str]:
     return [requirement.name for _, _, requirement in _requirement_lines(package) if requirement]
 
 
+@cache
+def _known_modules() -> dict[str, list[str]]:
+    """Modules of this machine and the distributions they come from; finding them takes most of a second."""
+    return dict(metadata.packages_distributions())
+
+
 def _distributions(package: Submission, module: str) -> list[str]:
     """Distributions that a module may come from, the likeliest first."""
     named = package.rules.imported_as.get(module)
-    return [*([named] if named else []), *metadata.packages_distributions().get(module, ()), module]
+    return [*([named] if named else []), *_known_modules().get(module, ()), module]
 
 
 def _requirement_lines(package: Submission) -> Iterator[tuple[int, str, Requirement | None]]:

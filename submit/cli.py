@@ -140,6 +140,25 @@ def check(
     raise typer.Exit(1 if broken else 0)
 
 
+@app.command(epilog="Example: python -m submit run my_detector --data data/zoos/tiny")
+def run(
+    path: Annotated[Path, typer.Argument(help="Folder or zip of a submission.")],
+    data: Annotated[Path | None, typer.Option(
+        help="Folder in the organizers' layout. Default: the built-in dev split.")] = None,
+    task: Annotated[OneTask | None, typer.Option(help="Default: the task whose files lie there.")] = None,
+    tier: Annotated[str, typer.Option(help="What holds it: auto, bubblewrap, namespaces or audit.")] = "auto",
+    python: Annotated[Path | None, typer.Option(
+        help="Interpreter with the judge's versions, as `make test-judge` sets one up. Default: this one.")] = None,
+    rules: RulesFolder = None, seed: Seed = 0, json: Json = False, runs: Runs = Path("runs"),
+) -> None:
+    """Run a submission as the judge does - no network, its limits, its own process - and score it; a line a verdict."""
+    from submit.ship_commands import run as run_as_judge
+
+    broken = run_as_judge(path, data=data, task=task and task.value, tier=tier, python=python, seed=seed, rules=rules,
+                          runs=_new_run(runs, "run"), command=_command(), as_json=json)
+    raise typer.Exit(1 if broken else 0)
+
+
 @zoo_app.command("build", epilog="Example: python -m submit zoo build --recipe tiny --out zoos/mine")
 def zoo_build(
     out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],

@@ -1,14 +1,22 @@
 """`package`, `check` and `run`: a submission made, looked through, and run as the judge does."""
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from data.errors import expect
+from data.files import write_json
+from submit.records import environment
 from submit.rules import rules, use_rules
 from submit.submission import Verdict, plain
 from submit.tables import console, print_record
 
-COLUMN = 13  # characters of a rule's name
+if TYPE_CHECKING:
+    from submit.judge_run import Judged
+
+COLUMN, RUN_COLUMN = 13, 15  # characters of a rule's name
 
 
 def package(task: str, out: Path, *, preset: str, weights: Path | None, half: bool, rules: Path | None,
@@ -43,6 +51,46 @@ def check(path: Path, *, task: str | None, resolve: bool, rules: Path | None, as
             print(plain(line))
     print(plain(f"{path}: {task}, {len(verdicts)} rules, {broken} broken"))
     return broken
+
+
+def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: Path | None, runs: Path, seed: int,
+        rules: Path | None, command: str, as_json: bool) -> int:
+    """Run a folder or zip as the judge does and score it; one line a verdict. Returns how many are broken."""
+    from submit.checks import opened
+    from submit.dev_splits import dev_split
+    from submit.judge_run import Judge, run_submission
+    from submit.sandbox import best_tier
+
+    use_rules(rules)
+    judge = Judge(best_tier(tier), str(python.absolute()) if python else sys.executable, seed)
+    expect(Path(judge.python).is_file(), "--python", "an interpreter", judge.python)
+    with opened(path, task) as submission:
+        folder = runs / "predictions" / submission.task
+        judged = run_submission(submission, data or dev_split(submission.task, seed), folder, judge)
+        task = submission.task
+    record = judged_record(task, judged, command, path)
+    write_json(runs / "record.json", record)
+    broken = sum(not line.ok for line in judged.lines)
+    if as_json:
+        print_record(record)
+        return broken
+    for line in judged.lines:
+        print(plain(f"{'ok      ' if line.ok else 'broken  '}{line.rule:<{RUN_COLUMN}} {line.text}"))
+    for problem in judged.problems:
+        print(plain(f"not given: {problem}"), file=sys.stderr)
+    print(plain(f"{path}: {task}, {broken} broken; record: {runs / 'record.json'}"))
+    return broken
+
+
+def judged_record(task: str, judged: Judged, command: str, path: Path) -> dict:
+    """What a run leaves behind, as JSON."""
+    result = judged.result
+    scored = None if result is None else {
+        "metric": rules(task).metric, "value": result.value, "interval_95": list(result.interval), "n": result.n,
+        "counted": result.counted, "parts": result.parts, **result.extra}
+    return {"command": command, "task": task, "package": str(path), "tier": judged.tier,
+            "seconds": round(judged.seconds, 3), "verdicts": [asdict(line) for line in judged.lines],
+            "problems": [str(problem) for problem in judged.problems], "result": scored, "environment": environment()}
 
 
 def result_lines(verdict: Verdict) -> list[str]:

@@ -1,0 +1,236 @@
+"""Runs a stranger's program in a box: no network, writing in some folders only, limits of time, memory, processes
+and disk; nothing of it is left.
+
+Three tiers, the best that works is taken: bubblewrap; Linux namespaces of our own (`unshare`); Python's audit hooks
+alone. The hooks are there in every tier, as they know the line of the program that did something.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from data.errors import InputError, expect
+from submit.rules import Limits
+
+BOX = Path(__file__).with_name("box")
+TIERS = ("bubblewrap", "namespaces", "audit")
+MEANING = {
+    "bubblewrap": "bubblewrap: no network, files read-only, processes of its own",
+    "namespaces": "namespaces: no network, files read-only, processes of its own",
+    "audit": "audit hooks alone: Python code is held, native code and shell scripts are not",
+}
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev", "/opt", "/run", "/var/lib")
+KEPT = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")  # of the user's environment
+MEMORY_SHARE = 0.8   # of the free memory of this machine that a program may take
+SHARED_BYTES = 2**30  # of memory that its processes may share as files
+OWN_BYTES = 2**26      # of answers and logs, besides what a program may write
+PROBE_SECONDS = 20
+GRACE_SECONDS = 40   # for the supervisor to end what it started
+SHOWN_BYTES = 4000   # of its error output that are read
+
+
+@dataclass(frozen=True)
+class Box:
+    """A folder of the judge's: `package`, a copy of what runs; `answers`, `scratch` and `logs`, which are written."""
+
+    folder: Path
+
+    @property
+    def package(self) -> Path:
+        return self.folder / "package"
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "answers"
+
+    @property
+    def scratch(self) -> Path:
+        return self.folder / "scratch"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+
+@dataclass(frozen=True)
+class Access:
+    """What the hooks allow. output: folders of the package that it may write; given: what it may read besides."""
+
+    output: tuple[str, ...] = ()
+    given: tuple[Path, ...] = ()
+    hidden: tuple[str, ...] = ()
+    file_access: bool = True
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that the hooks saw: kind is write, output, read, truth, network or process."""
+
+    kind: str
+    what: str
+    line: str  # file:line of the package; empty where it was nobody's
+    denied: bool
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: `ended` is exit, or the name of the limit that was reached."""
+
+    ended: str
+    status: int | None
+    seconds: float
+    peak_bytes: int
+    peak_processes: int
+    written_bytes: int
+    left_running: int
+    sample: str | None
+    errors: str  # the end of its error output
+    events: tuple[Event, ...]
+    watched: int  # Python processes that the hooks were in
+
+
+def make_box(folder: Path, package: Path, access: Access) -> Box:
+    """A box with a copy of `package`, links as they are, and its output folders."""
+    box = Box(folder.resolve())
+    shutil.copytree(package, box.package, symlinks=True)
+    for path in (box.answers, box.scratch / "home", box.logs, *(box.package / name for name in access.output)):
+        path.mkdir(parents=True, exist_ok=True)
+    return box
+
+
+def run_boxed(command: list[str], box: Box, access: Access, limits: Limits, *, tier: str, python: str,
+              environment: dict[str, str]) -> Ending:
+    """Run `command` in the package's folder under the limits and wait for its end; nothing of it runs on."""
+    writable = [box.answers, box.scratch, box.logs, *(box.package / name for name in access.output)]
+    for name in ("events.jsonl", "heartbeat", "stdout", "stderr"):
+        (box.logs / name).unlink(missing_ok=True)
+    config = box.folder / "watch.json"
+    _write(config, {"package": box.package, "writable": writable, "readable": [*SYSTEM, BOX, *access.given],
+                    "hidden": access.hidden, "file_access": access.file_access, "log": box.logs / "events.jsonl",
+                    "quiet": bool(access.output)})
+    spec = box.folder / "spec.json"
+    _write(spec, {
+        "command": _confined(command, tier, writable, config), "folder": box.package, "limits": _limits(limits),
+        "environment": _environment(box, python, config) | environment,
+        "watched": [box.scratch, *(box.package / name for name in access.output)], "ours": [box.logs, box.answers],
+        "heartbeat": box.logs / "heartbeat", "stdout": box.logs / "stdout", "stderr": box.logs / "stderr",
+        "outcome": box.folder / "outcome.json"})
+    _supervise(spec)
+    return _ending(box)
+
+
+def _write(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, default=str), encoding="utf-8")
+
+
+def _limits(limits: Limits) -> dict:
+    memory = min(int(limits.memory_gib * 2**30), int(MEMORY_SHARE * _free_memory()))
+    return asdict(limits) | {"memory_bytes": memory, "data_bytes": 0 if _has_gpu() else memory,
+                             "our_bytes": limits.written_bytes + OWN_BYTES}
+
+
+def _free_memory() -> int:
+    import torch
+
+    from data.devices import free_bytes
+
+    return free_bytes(torch.device("cpu"))
+
+
+def _has_gpu() -> bool:
+    """CUDA reserves far more addresses than memory, so there no limit on them is set."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def _environment(box: Box, python: str, config: Path) -> dict[str, str]:
+    """What the program sees: paths, a home of its own, and nothing else of ours."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return kept | {
+        "PATH": f"{Path(python).parent}:/usr/local/bin:/usr/bin:/bin", "HOME": str(box.scratch / "home"),
+        "TMPDIR": str(box.scratch), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(BOX),
+        "KIT_BOX": str(config)}
+
+
+def _confined(command: list[str], tier: str, writable: list[Path], config: Path) -> list[str]:
+    if tier == "bubblewrap":
+        binds = [part for path in writable for part in ("--bind", str(path), str(path))]
+        devices = [part for path in sorted(Path("/dev").glob("nvidia*")) for part in ("--dev-bind", path, path)]
+        return ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", *map(str, devices), "--size", str(SHARED_BYTES),
+                "--tmpfs", "/dev/shm", "--proc", "/proc", *binds,
+                "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent",
+                "--cap-drop", "ALL", "--", *command]
+    if tier == "namespaces":
+        return ["unshare", "--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--fork", "--kill-child",
+                "--mount-proc", "--", sys.executable, "-I", str(BOX / "confine.py"), str(config), *command]
+    return command
+
+
+def _supervise(spec: Path) -> None:
+    """Start the supervisor and wait; when we are interrupted, it ends what it started."""
+    process = subprocess.Popen([sys.executable, "-I", str(BOX / "supervise.py"), str(spec)], start_new_session=True)
+    try:
+        process.wait()
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait(GRACE_SECONDS)
+        raise
+
+
+def _ending(box: Box) -> Ending:
+    outcome = json.loads((box.folder / "outcome.json").read_text(encoding="utf-8"))
+    records = list(_records(box.logs / "events.jsonl"))
+    events = [Event(r["kind"], r["what"], r["line"], r["denied"]) for r in records if r["kind"] != "start"]
+    with (box.logs / "stderr").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
+        errors = file.read().decode("utf-8", "replace")
+    return Ending(**outcome, errors=errors, events=tuple(dict.fromkeys(events)),
+                  watched=sum(r["kind"] == "start" for r in records))
+
+
+def _records(path: Path):
+    """The lines that the hooks wrote; the program could have written others, which are left out."""
+    if not path.is_file() or path.is_symlink():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                if {"kind", "what", "line", "denied"} <= record.keys():
+                    yield record
+            except (ValueError, AttributeError, RecursionError):
+                continue
+
+
+def best_tier(wanted: str = "auto") -> str:
+    """The first tier that works here, or the one that is wanted; InputError where it does not work."""
+    if wanted == "auto":
+        return next(tier for tier in TIERS if _works(tier))
+    expect(wanted in TIERS, "--tier", f"auto, {', '.join(TIERS)}", wanted)
+    if not _works(wanted):
+        raise InputError(f"--tier: expected one that works here ({', '.join(t for t in TIERS if _works(t))}), "
+                         f"found {wanted}")
+    return wanted
+
+
+@cache
+def _works(tier: str) -> bool:
+    """Whether a program can be started in this tier: tried once."""
+    if tier == "audit":
+        return True
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
+        config.write('{"writable": []}')
+        config.flush()
+        try:
+            done = subprocess.run(_confined(["true"], tier, [], Path(config.name)), capture_output=True,
+                                  timeout=PROBE_SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+    return done.returncode == 0
