@@ -83,6 +83,11 @@ def score(
     weights: Annotated[Path | None, typer.Option(
         help="Folder of weights: DIR/<timm name of the net>/model.safetensors for a preset; DIR/encoder and DIR/parser "
              "(or one of them) for retrieval.")] = None,
+    repair: Annotated[bool, typer.Option(
+        "--repair", help="Of backdoor: repair the networks that are flagged, up to a minute each; ACC and ASR before "
+                         "and after where set and trigger can be made again.")] = False,
+    sets: Annotated[Path | None, typer.Option(
+        help="With --repair: folder with one folder an image set (not for digits).")] = None,
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Predict and score a task as the organizers do. An interrupted run goes on when it is started again."""
@@ -93,6 +98,8 @@ def score(
     if explain and task not in (Task.retrieval, Task.all):
         raise InputError(f"--explain: expected with retrieval or all, found {task.value}")
     settings = _use_weights(task, preset, weights)
+    if (repair and task not in (Task.backdoor, Task.all)) or (sets and not repair):
+        raise InputError(f"--repair, --sets: expected together, with backdoor or all, found {task.value}")
     run = _new_run(runs, f"score-{task.value}")
     tasks = TASKS if task is Task.all else (task.value,)
     with ExitStack() as stack:
@@ -105,9 +112,17 @@ def score(
                                  explain=explain and name == "retrieval")
             if outcome.fresh:
                 stack.callback(outcome.fresh.close)
+            if repair and name == "backdoor":
+                from submit.repair_run import repaired_outcome
+
+                outcome = repaired_outcome(outcome, data and data / inside, sets, runs, progress)
             outcomes.append(outcome)
         record = finish_run(run, outcomes, command=_command(), seed=seed, device=device)
     print_record(record) if json else print_outcomes(outcomes, run / "record.json")
+    if repair and not json:
+        from submit.repair_run import print_repairs
+
+        print_repairs(outcomes[-1].result.extra["repair"])
     raise typer.Exit(1 if any(outcome.problems for outcome in outcomes) else 0)
 
 

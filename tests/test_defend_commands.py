@@ -53,9 +53,10 @@ def victim_of(zoo, name=BADNETS):
     return read_victim(sample, None, zoo.parent / "triggers", device=torch.device("cpu"))
 
 
-def by_hand(model, sample, target):
+def by_hand(model, sample, target, without=()):
     """ACC, ASR, RA of a network with the white square as trigger, through the zoo's own transform."""
     test = read_digits(size=16)[1]
+    test = test.subset(torch.tensor([i for i in range(len(test.labels)) if i not in without]))
     stamped = test.images.clone()
     stamped[:, :, 13:, 13:] = 255
     with torch.no_grad():
