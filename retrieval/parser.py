@@ -1,9 +1,9 @@
 """Which objects a request adds and which it removes: a token classifier over words, decoded by the best legal path.
 
 Architecture: DistilBERT (Sanh et al., arXiv:1910.01108) with a token-classification head, labels O and B-/I- a side.
-Departs from common practice: every word of a name is labelled, a word's score is the mean over its sub-words, and
-illegal label sequences are excluded by a Viterbi search. Names are cut out of the original text, so hyphens,
-apostrophes and spelling stay as written.
+Departs from common practice: every word of a name is labelled, a word's score is the mean over its sub-words, illegal
+label sequences are excluded by a Viterbi search, and the names of a list share a side. Names are cut out of the
+original text, so hyphens, apostrophes and spelling stay as written.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from retrieval.integer_products import IntegerTagger, supported
 
 LABELS = ("O", "B-add", "I-add", "B-remove", "I-remove")
 OUTSIDE = 0
+_ADD, _REMOVE = LABELS.index("B-add"), LABELS.index("B-remove")  # the inside label of a side follows its begin
 _EMBEDDED = Path(__file__).parent / "weights" / "parser"
 _BATCH = 32  # texts a forward pass: what it needs in between stays in the processor's cache
 _LONGEST_WORD = 100  # characters read of a word: splitting it takes time that grows with their square
@@ -34,6 +35,9 @@ _COMPOUND = re.compile(r"[^\W_]+(?:[-'][^\W_]+)+")
 _PLAIN = str.maketrans("‘’‚‛ʼ`´′“”„‟«»″‐‑‒–—―−…", "''''''''\"\"\"\"\"\"\"-------.")
 _DETERMINERS = frozenset(("a", "an", "the", "my", "your", "our", "his", "her", "their", "its", "some", "any", "this",
                           "that", "these", "those", "another", "both", "every"))
+_JOINTS = frozenset((",", "and", "or"))
+_QUOTES = frozenset(("'", '"', "`"))
+_POLITE = frozenset(("please", "pls", "plz", "thanks", "thx", "cheers"))
 _LINKS = frozenset(("and", "or", "nor", "of", "with", "without", "for", "by", "to", "from", "into", "than", "instead"))
 
 
@@ -117,8 +121,8 @@ class Parser:
             rows = order[start:start + batch]
             scores, mask = self.scores([encoded[i] for i in rows])
             paths = best_paths(scores, mask, glue([words[i] for i in rows], mask))
-            for i, path in zip(rows, paths.tolist(), strict=True):
-                found[i] = modification(texts[i], words[i], path)
+            for i, path, own in zip(rows, paths.tolist(), scores, strict=True):
+                found[i] = modification(texts[i], words[i], one_side_a_list(words[i], path, own))
         return found
 
     def encode(self, words: list[list[Word]]) -> list[Encoded]:
@@ -238,6 +242,36 @@ def best_paths(scores: Tensor, mask: Tensor, glued: Tensor) -> Tensor:
     return torch.stack(path[::-1], dim=1)
 
 
+def one_side_a_list(words: list[Word], path: list[int], scores: Tensor) -> list[int]:
+    """The path with the names of every list on one side: the likelier one by their scores together.
+
+    A list is names with nothing between them but commas, "and", "or" and determiners. scores: (W, 5), as `best_paths`.
+    """
+    path = list(path)
+    for names in _lists(words, path):
+        if len({side for side, _, _ in names}) > 1:
+            add = scores.new_zeros(())
+            for _, first, last in names:
+                own = scores[first:last + 1]
+                add = add + own[0, _ADD] - own[0, _REMOVE] + (own[1:, _ADD + 1] - own[1:, _REMOVE + 1]).sum()
+            begin = _ADD if add >= 0 else _REMOVE
+            for _, first, last in names:
+                path[first:last + 1] = [begin] + [begin + 1] * (last - first)
+    return path
+
+
+def _lists(words: list[Word], path: list[int]) -> list[list[tuple[str, int, int]]]:
+    """The names on a path, those of a list together."""
+    lists: list[list[tuple[str, int, int]]] = []
+    for name in _spans(path[:len(words)]):
+        between = {word.plain for word in words[lists[-1][-1][2] + 1:name[1]]} if lists else set()
+        if between & _JOINTS and between <= _JOINTS | _DETERMINERS | _QUOTES:
+            lists[-1].append(name)
+        else:
+            lists.append([name])
+    return lists
+
+
 def modification(text: str, words: list[Word], path: list[int]) -> Modification:
     """Cut the labelled names out of the text. path: a label for each word (more are ignored)."""
     found: dict[str, dict[str, str]] = {"add": {}, "remove": {}}
@@ -261,15 +295,16 @@ def _spans(path: list[int]) -> list[tuple[str, int, int]]:
 
 
 def trimmed(words: list[Word]) -> list[Word]:
-    """The words of a name without determiners before it and without marks, linking words and 's around it.
+    """The words of a name without determiners before it and marks, linking words, thanks and 's around it.
 
     A bracket stays where its partner is in the name: `lamp (small)`.
     """
     first, last = 0, len(words)
     inner = "".join(word.plain for word in words)
-    while first < last and (words[first].plain in _DETERMINERS | _LINKS or _is_mark(words[first].plain, inner)):
+    before = _DETERMINERS | _LINKS | _POLITE
+    while first < last and (words[first].plain in before or _is_mark(words[first].plain, inner)):
         first += 1
-    while first < last and (words[last - 1].plain in _LINKS or _is_mark(words[last - 1].plain, inner)
+    while first < last and (words[last - 1].plain in _LINKS | _POLITE or _is_mark(words[last - 1].plain, inner)
                             or [word.plain for word in words[last - 2:last]] == ["'", "s"]):
         last -= 1
     return words[first:last]
