@@ -64,6 +64,10 @@ Runs = Annotated[Path, typer.Option(help="Folder for records and predictions.")]
 Preset = Annotated[str, typer.Option(help="Settings of the anomaly task: embedded, musc, report or musc-v2.")]
 NetWeights = Annotated[Path | None, typer.Option(
     help="Folder of the weights that a preset needs: DIR/<timm name of the net>/model.safetensors.")]
+EngineName = Annotated[str, typer.Option("--engine", help="Where units are done: local (this machine), ray "
+                                         "($RAY_ADDRESS, else here) or slurm.")]
+Workers = Annotated[int, typer.Option(help="Units done side by side; 0 = one a GPU, on CPUs all in this process.",
+                                      min=0)]
 RulesFolder = Annotated[Path | None, typer.Option(help="Folder with the rules of another contest, a TOML file a task.")]
 
 
@@ -91,10 +95,12 @@ def score(
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Predict and score a task as the organizers do. An interrupted run goes on when it is started again."""
+    from submit.engines import chosen_engine
     from submit.score_run import finish_run, score_task
     from submit.tables import print_outcomes, print_record, unit_progress
 
     device = _use_device(device)
+    chosen = chosen_engine(engine, workers, device)
     if explain and task not in (Task.retrieval, Task.all):
         raise InputError(f"--explain: expected with retrieval or all, found {task.value}")
     settings = _use_weights(task, preset, weights)
@@ -109,7 +115,7 @@ def score(
             outcome = score_task(name, runs, data=data and data / inside,
                                  predictions=predictions and predictions / inside,
                                  seed=seed, device=device, settings=settings, progress=progress,
-                                 explain=explain and name == "retrieval")
+                                 explain=explain and name == "retrieval", engine=chosen)
             if outcome.fresh:
                 stack.callback(outcome.fresh.close)
             if repair and name == "backdoor":

@@ -10,11 +10,12 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from data.errors import InputError, expect
 from data.files import fingerprint, write_json
 from submit.dev_splits import ROOT, dev_split
+from submit.engines import HERE, Engine, each
 from submit.organizer_files import write_results
 from submit.records import environment, peak_memory_gib
 from submit.results import Result, Split
@@ -42,7 +43,8 @@ class Outcome:
 
 
 def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | None, seed: int, device: str,
-               progress: Progress, settings: tuple[str, ...], explain: bool = False) -> Outcome:
+               progress: Progress, settings: tuple[str, ...], explain: bool = False, engine: Engine = HERE
+               ) -> Outcome:
     """Score one task, after predicting into `runs/unfinished` unless `predictions` holds the outputs.
 
     settings: what else the predictions depend on; unfinished ones of other settings are not gone on with. explain: the
@@ -59,7 +61,7 @@ def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | 
             units = Units(_unfinished(task, runs, folder, (device, *settings)))
             stack.callback(units.close)
             saved_seconds = sum(units.seconds.values())
-            failed = _predict(task, module, split, units, progress)
+            failed = _predict(task, split, units, progress, engine)
             if failed and split.indivisible:
                 raise next(iter(failed.values()))
             split = replace(split, units={name: unit for name, unit in split.units.items() if name not in failed})
@@ -74,17 +76,29 @@ def score_task(task: str, runs: Path, *, data: Path | None, predictions: Path | 
     return Outcome(task, result, seconds, where, data is None, problems + result.problems, units, folder, predictions)
 
 
-def _predict(task: str, module: ModuleType, split: Split, units: Units, progress: Progress) -> dict[str, InputError]:
+def _predict(task: str, split: Split, units: Units, progress: Progress, engine: Engine) -> dict[str, InputError]:
     """Predict what is not finished; the units that cannot be predicted, each with its reason."""
+    waiting = [(name, unit) for name, unit in split.units.items() if name not in units.seconds]
     failed = {}
-    for done, (name, unit) in enumerate(split.units.items()):
-        progress(task, done, len(split.units))
-        try:
-            units.run(name, partial(module.predict, name, unit, units.folder))
-        except InputError as problem:
-            failed[name] = InputError(f"{name}: {problem}")
-    progress(task, len(split.units), len(split.units))
-    return failed
+    progress(task, len(units.seconds), len(split.units))
+    for position, found in each(partial(predict_unit, task, units.folder), waiting, engine):
+        name, _ = waiting[position]
+        if isinstance(found, str):
+            failed[name] = InputError(f"{name}: {found}")
+        else:
+            units.finish(name, found)
+        progress(task, len(units.seconds) + len(failed), len(split.units))
+    return {name: failed[name] for name in split.units if name in failed}
+
+
+def predict_unit(task: str, folder: Path, unit: tuple[str, Any]) -> float | str:
+    """Predict one named unit, which leaves its files in `folder`: the seconds, or why it cannot be predicted."""
+    start = time.perf_counter()
+    try:
+        import_module(f"submit.task_{task}").predict(*unit, folder)
+    except InputError as problem:
+        return str(problem)
+    return time.perf_counter() - start
 
 
 def _unfinished(task: str, runs: Path, data: Path, settings: tuple[str, ...]) -> Path:
