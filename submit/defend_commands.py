@@ -13,7 +13,7 @@ from rich.table import Table
 from data.errors import InputError, expect
 from data.files import write_json
 from data.model_zoo import ZooModel
-from defense.defenses import DEFENSES
+from defense.defenses import DEFENSES, ORACLES
 from submit.defense_runs import Plan, run_plans
 from submit.records import environment, peak_memory_gib
 from submit.sweeps import METRICS, built_victims, read_sweep, summaries
@@ -97,6 +97,10 @@ def finish(outcome: Outcome, run: Path, *, command: str, seed: int | None, devic
         print_record(record)
     else:
         print_summaries(record["tables"])
+        oracles = dict.fromkeys(unit["defense"] for unit in units if unit["method"] in ORACLES)
+        if oracles:
+            console().print(f"{', '.join(oracles)}: chooses on triggered test images, which no defender has",
+                            style="dim")
         console().print(f"record: {run / 'record.json'}", style="dim")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)

@@ -110,7 +110,8 @@ def test_an_oracle_gets_the_test_images_and_the_others_do_not(recipe, capsys, mo
         return DefenseResult(method, model)
 
     monkeypatch.setattr(runs_module, "defend", spy)
-    assert sweep(capsys, recipe)[0] == 0
+    status, out, _ = sweep(capsys, recipe)
+    assert status == 0 and "anp-oracle: chooses on triggered test images, which no defender has" in out
     assert set(seen["anp-oracle"]) == {"test"} and seen["ft"] == {"epochs": 1}
     found = seen["anp-oracle"]["test"]
     assert found.images.shape == found.triggered.shape == (359, 3, 16, 16) and not found.images.equal(found.triggered)
