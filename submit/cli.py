@@ -92,6 +92,7 @@ def score(
                          "and after where set and trigger can be made again.")] = False,
     sets: Annotated[Path | None, typer.Option(
         help="With --repair: folder with one folder an image set (not for digits).")] = None,
+    engine: EngineName = "local", workers: Workers = 0,
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Predict and score a task as the organizers do. An interrupted run goes on when it is started again."""
