@@ -5,7 +5,10 @@ PY     := $(VENV)/bin/python
 
 export OMP_WAIT_POLICY ?= PASSIVE  # threads that spin while waiting make tests many times slower on a busy machine
 
-.PHONY: score test lint setup clean
+JUDGE        := .cache/judge
+JUDGE_PYTHON ?= $(shell python3.10 --version >/dev/null 2>&1 && echo python3.10 || echo $(PYTHON))
+
+.PHONY: score test test-judge lint setup clean
 score: setup
 	@$(PY) -m submit score all --explain; status=$$?; \
 	[ $$status -gt 1 ] || $(PY) -m submit report || status=$$?; \
@@ -13,6 +16,20 @@ score: setup
 
 test: setup lint
 	@$(PY) -m pytest -q --durations=8
+
+# The three packages in a second environment with the judge's versions (torch 2.4.0, numpy 1.26.4; about 6 GB more).
+test-judge: setup
+	@mkdir -p $(JUDGE)
+	@$(PY) -m submit.judge_requirements > $(JUDGE)/requirements.txt
+	@cmp -s $(JUDGE)/requirements.txt $(JUDGE)/requirements.installed || { \
+	  $(JUDGE_PYTHON) -m venv --clear $(JUDGE)/venv && \
+	  $(JUDGE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r $(JUDGE)/requirements.txt && \
+	  cp $(JUDGE)/requirements.txt $(JUDGE)/requirements.installed; }
+	@rm -rf $(JUDGE)/packages
+	@for task in retrieval anomaly backdoor; do \
+	  $(PY) -m submit package $$task --out $(JUDGE)/packages/$$task && \
+	  $(PY) -m submit check $(JUDGE)/packages/$$task && \
+	  $(PY) -m submit run $(JUDGE)/packages/$$task.zip --python $(JUDGE)/venv/bin/python || exit 1; done
 
 lint: setup
 	@$(PY) -m ruff check .

@@ -52,7 +52,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Choice:
-    """What else can be chosen about a package. weights: folder of the nets that a preset of the anomaly task needs."""
+    """What else can be chosen about a package. weights: folder of nets in place of the embedded ones."""
 
     preset: str = "embedded"
     weights: Path | None = None
@@ -97,9 +97,11 @@ def _contents(task: str, rule: Rules, choice: Choice, folder: Path) -> dict[str,
         if file.name not in LEFT_OUT:
             inside = file.relative_to(ROOT)
             contents[str(rule.package.code / inside)] = _weights(file, choice) or file.read_bytes()
-    contents |= _extra_weights(task, rule, choice)
     if task == "retrieval":
+        _replace_nets(contents, choice)
         contents["weights.pth"] = _as_pth(contents.pop(str(ENCODER)))
+    else:
+        contents |= _preset_nets(task, choice)
     contents[MANIFEST] = _manifest(task, contents)
     return contents
 
@@ -145,8 +147,8 @@ def _check_closure(closure: Closure, rule: Rules) -> None:
 
 
 def _weights(file: Path, choice: Choice) -> bytes | None:
-    """The file as float16 where it holds float32 weights; None for other files."""
-    return as_half(file.read_bytes()) if file.suffix == ".safetensors" and choice.half else None
+    """The file as float16 where it holds the float32 weights of a net; None for other files."""
+    return as_half(file.read_bytes()) if file.name.endswith("model.safetensors") and choice.half else None
 
 
 def as_half(content: bytes) -> bytes:
@@ -160,16 +162,32 @@ def _narrowed(tensor: Tensor) -> Tensor:
     return tensor.half() if fits else tensor
 
 
-def _extra_weights(task: str, rule: Rules, choice: Choice) -> dict[str, bytes]:
+def _preset_nets(task: str, choice: Choice) -> dict[str, bytes]:
     """The nets that a preset other than the embedded one needs, in weights/ at the root."""
     if choice.preset == "embedded":
-        expect(choice.weights is None, "--weights", "a --preset that needs them", "embedded")
+        expect(choice.weights is None, "--weights", "retrieval, or a --preset that needs them", task)
         return {}
     expect(task == "anomaly", "--preset", "anomaly, the task that has presets", task)
     from anomaly.presets import preset, weight_files
 
     return {f"weights/{file.relative_to(choice.weights)}": _weights(file, choice) or file.read_bytes()
             for file in weight_files(preset(choice.preset), choice.weights)}
+
+
+def _replace_nets(contents: dict[str, bytes], choice: Choice) -> None:
+    """Encoder and parser of a folder of weights in place of the embedded ones; a part that it lacks stays."""
+    expect(choice.preset == "embedded", "--preset", "anomaly, the task that has presets", "retrieval")
+    from retrieval.encoder import CONFIGS, WEIGHTS
+    from retrieval.nets import weight_folders
+
+    ours = {theirs: names[0] for names in (CONFIGS, WEIGHTS) for theirs in names}
+    for part, folder in weight_folders(choice.weights).items():
+        place = ENCODER.parent.with_name(part)
+        for name in [name for name in contents if Path(name).is_relative_to(place)]:
+            del contents[name]
+        for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in LEFT_OUT):
+            contents[str(place / ours.get(file.name, file.name))] = _weights(file, choice) or file.read_bytes()
+    expect(str(ENCODER) in contents, choice.weights, "weights of an encoder in encoder/", "none")
 
 
 def _as_pth(content: bytes) -> bytes:

@@ -16,6 +16,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from submit.cli import main
 from submit.import_closure import assets, import_closure
+from submit.judge_requirements import judge_requirements
 from submit.package import Choice, as_half, build_package, unpack, zip_bytes
 from submit.rules import TASKS, rules
 
@@ -139,12 +140,32 @@ def test_presets_bring_their_nets(tmp_path, refuses):
     assert load_file(inside)["w"].dtype == torch.float16
     assert "\nexport KIT_ANOMALY_PRESET=musc KIT_WEIGHTS=weights\n" in (made.folder / "run.sh").read_text()
     for task, choice, message in [
-        ("anomaly", Choice(weights=tmp_path), r"--weights: expected a --preset that needs them, found embedded"),
+        ("anomaly", Choice(weights=tmp_path), r"--weights: expected retrieval, or a --preset that .*, found anomaly"),
+        ("retrieval", Choice("musc"), r"--preset: expected anomaly, the task that has presets, found retrieval"),
+        ("retrieval", Choice(weights=tmp_path), r"expected a folder encoder/ or parser/ in it, found neither"),
         ("backdoor", Choice("musc", tmp_path), r"--preset: expected anomaly, the task that has presets, found back"),
         ("anomaly", Choice("best"), r"preset: expected one of embedded, musc, report, musc-v2, found best"),
     ]:
         with refuses(message):
             build_package(task, tmp_path / "b", choice, tried=False)
+
+
+def test_an_encoder_of_ones_own_takes_the_place_of_the_embedded_one(tmp_path, refuses):
+    mine = tmp_path / "nets" / "encoder"
+    mine.mkdir(parents=True)
+    with refuses(r"nets: expected weights of an encoder in encoder/, found none"):
+        build_package("retrieval", tmp_path / "b", Choice(weights=tmp_path / "nets"), tried=False)
+    save_file({"w": torch.ones(3)}, mine / "open_clip_model.safetensors")
+    save_file({"mean": torch.ones(3)}, mine / "composer.safetensors")
+    (mine / "open_clip_config.json").write_text("{}")
+    (mine / "card.json").write_text("{}")
+    made = build_package("retrieval", tmp_path / "a", Choice(weights=tmp_path / "nets"), tried=False)
+    assert torch.load(made.folder / "weights.pth", weights_only=True)["w"].dtype == torch.float16
+    inside = sorted(p.name for p in (made.folder / "retrieval" / "weights" / "encoder").iterdir())
+    assert inside == ["composer.safetensors", "config.json"]  # the embedded vocabulary would not fit another net
+    statistics = load_file(made.folder / "retrieval" / "weights" / "encoder" / "composer.safetensors")
+    assert statistics["mean"].dtype == torch.float32  # not the weights of a net
+    assert "retrieval/weights/parser/model.safetensors" in made.files
 
 
 def test_float16_only_where_it_holds_the_numbers():
@@ -265,3 +286,9 @@ def test_our_zips_unpack_to_the_folder_they_were_made_of(tmp_path, packages):
         unpack(packages[task].archive, tmp_path / task, 10**9)
         assert zip_bytes(tmp_path / task) == packages[task].archive.read_bytes()
         assert np.all([os.access(tmp_path / task / name, os.X_OK) for name in rules(task).package.executable])
+
+
+def test_one_environment_for_all_packages():
+    found = dict(line.split("==") for line in judge_requirements())
+    assert found["torch"] == "2.4.0" and found["torchvision"] == "0.19.0" and found["numpy"] == "1.26.4"
+    assert set(found) == {name for task in TASKS for name in rules(task).requirements}
