@@ -50,6 +50,7 @@ def test_both_ways_are_timed_and_judged(victim):
 def test_ablations_change_one_thing_each(tmp_path, monkeypatch, capsys):
     short = {"batch": 32, "epochs": 1}
     monkeypatch.setattr(defense_ablations, "PART", short)
+    monkeypatch.setattr(defense_ablations, "FORGET", short)
     monkeypatch.setattr(defense_ablations, "BASE", {"neurons": 0.15, "unlearning": short,
                                                     "tuning": {**short, "steps": 0}})
     base, *others = defense_ablations.plans(0.05)
