@@ -2,7 +2,8 @@
 
 The sweep defense/sweeps/cpu.toml: GTSRB, narrow networks, four attacks, three victims each, 5 % clean images. Victims
 and finished runs are kept under runs/sweeps/cpu, where `python -m submit defend sweep` finds them too. With
-`--minutes` no new run starts later than that; networks that not every defense has met are then left out of the tables.
+`--minutes` no new run starts later than that, and networks that not every defense has met are left out of the tables;
+`--rounds 2` takes two victims of each attack.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds gtsrb32/")
     parser.add_argument("--out", type=Path, default=Path("runs/sweeps/cpu"))
     parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--rounds", type=int, default=3, help="victims of each attack, at most three")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     options = parser.parse_args()
     sweep, start = read_sweep(SWEEP), time.monotonic()
+    sweep = replace(sweep, victims=replace(sweep.victims, repeats=min(options.rounds, sweep.victims.repeats)))
     units = collect(sweep, options.data, options.out, chosen_device(), options.workers,
                     start + 60 * options.minutes)
     units = whole_victims(units, len(sweep.plans()))
@@ -78,7 +82,7 @@ def main() -> None:
     victims = {unit["victim"]: unit["before"] for unit in units}
     slim = [{key: value for key, value in unit.items() if key not in ("details", "before", "settings")}
             for unit in units]
-    record = {"command": "python -m benchmarks.defense_sweep --data DIR", "sweep": SWEEP.name, "tables": tables,
+    record = {"command": f"python -m benchmarks.defense_sweep --data DIR --rounds {options.rounds}", "sweep": SWEEP.name, "tables": tables,
               "settings": {plan.label: plan.settings for plan in sweep.plans()}, "victims": victims, "units": slim,
               "peak_memory_gib": peak_memory_gib(), "environment": environment()}
     write_json(RECORDS / "defense_sweep.json", record)
