@@ -82,7 +82,8 @@ def main() -> None:
     victims = {unit["victim"]: unit["before"] for unit in units}
     slim = [{key: value for key, value in unit.items() if key not in ("details", "before", "settings")}
             for unit in units]
-    record = {"command": f"python -m benchmarks.defense_sweep --data DIR --rounds {options.rounds}", "sweep": SWEEP.name, "tables": tables,
+    command = f"python -m benchmarks.defense_sweep --data DIR --rounds {options.rounds}"
+    record = {"command": command, "sweep": SWEEP.name, "tables": tables,
               "settings": {plan.label: plan.settings for plan in sweep.plans()}, "victims": victims, "units": slim,
               "peak_memory_gib": peak_memory_gib(), "environment": environment()}
     write_json(RECORDS / "defense_sweep.json", record)
