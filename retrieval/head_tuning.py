@@ -1,14 +1,15 @@
 """Fine-tuning of the image head alone: the trunk and all texts stay as they are.
 
 v = W f(query) + sum t(added) - sum t(removed) must find W f(target) among the targets of its batch, and the other way
-round; f are features of the frozen trunk, so an epoch is a few matrix products (retrieval.trunk_features).
+round; f are features of the frozen trunk, so an epoch is a few matrix products (retrieval.trunk_features). The
+arithmetic is the one that will be used: a `ComposerConfig` may ask for unit lengths and weights (`Pairs.unit`).
 Recipe: the reference solution's. Departs from it: the trunk runs in eval mode (there its stochastic depth stays on);
 no target stands twice in a batch, also not across passes; images of a held-out row are in no training row.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from data.errors import expect
-from retrieval.compose import Names, side_sums
+from retrieval.compose import PUBLISHED, ComposerConfig, Names, side_sums
 from retrieval.gallery import nearest
 from retrieval.info_nce import both_ways
 from retrieval.prompts import EncodeTexts, object_embeddings
@@ -50,12 +51,13 @@ class Pairs:
     query: Tensor
     target: Tensor
     change: Tensor
+    unit: bool = False  # the query image is brought to unit length before the change is added
 
     def __len__(self) -> int:
         return len(self.query)
 
     def __getitem__(self, rows: Tensor) -> Pairs:
-        return Pairs(self.query[rows], self.target[rows], self.change[rows])
+        return Pairs(self.query[rows], self.target[rows], self.change[rows], self.unit)
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,16 @@ class Epoch:
     weight: Tensor
 
 
-def changes(added: Names, removed: Names, encode_texts: EncodeTexts) -> Tensor:
-    """sum t(added) - sum t(removed) of each row, raw: (N, D)."""
+def changes(added: Names, removed: Names, encode_texts: EncodeTexts, composer: ComposerConfig = PUBLISHED) -> Tensor:
+    """What the words of each row add to its query image: (N, D). `composer`: prompts, unit lengths and weights only."""
+    plain = replace(composer, prompts=PUBLISHED.prompts, unit=False, add_weight=1.0, remove_weight=1.0)
+    expect(plain == PUBLISHED, "composer", "prompts, unit and weights alone (the rest depends on the head)", composer)
     distinct = list(dict.fromkeys(name for side in (added, removed) for names in side for name in names))
     row = {name: i for i, name in enumerate(distinct)}
-    texts = object_embeddings(distinct, encode_texts)
-    return side_sums(texts, added, row) - side_sums(texts, removed, row)
+    texts = object_embeddings(distinct, encode_texts, composer.prompts)
+    texts = normalize(texts, dim=-1) if composer.unit else texts
+    return (composer.add_weight * side_sums(texts, added, row)
+            - composer.remove_weight * side_sums(texts, removed, row))
 
 
 def tune_head(weight: Tensor, features: Features, pairs: Pairs, config: HeadConfig, *, generator: torch.Generator
@@ -100,8 +106,12 @@ def tune_head(weight: Tensor, features: Features, pairs: Pairs, config: HeadConf
 
 def pair_loss(head: Tensor, features: Features, pairs: Pairs, temperature: float) -> Tensor:
     """InfoNCE of composed queries and targets under a head (D, F), mean of both directions."""
-    composed = features(pairs.query) @ head.T + pairs.change.to(head.device)
-    return both_ways(composed, features(pairs.target) @ head.T, 1 / temperature)
+    return both_ways(_composed(head, features, pairs), features(pairs.target) @ head.T, 1 / temperature)
+
+
+def _composed(head: Tensor, features: Features, pairs: Pairs) -> Tensor:
+    images = features(pairs.query) @ head.T
+    return (normalize(images, dim=-1) if pairs.unit else images) + pairs.change.to(head.device)
 
 
 def unique_target_batches(targets: Tensor, size: int, *, generator: torch.Generator) -> list[Tensor]:
@@ -143,6 +153,5 @@ def held_out_rows(query: Tensor, target: Tensor, share: float, *, generator: tor
 def top1(weight: Tensor, features: Features, pairs: Pairs) -> float:
     """Share in [0, 1] of the rows whose composed query is nearest to their target among all targets of the rows."""
     gallery, truth = pairs.target.unique(return_inverse=True)
-    composed = features(pairs.query) @ weight.T + pairs.change.to(weight.device)
-    found = nearest(normalize(composed, dim=-1), normalize(features(gallery) @ weight.T, dim=-1))
+    found = nearest(_composed(weight, features, pairs), features(gallery) @ weight.T)
     return (found.cpu() == truth).double().mean().item()

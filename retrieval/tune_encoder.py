@@ -18,10 +18,11 @@ from torch import Tensor
 
 from data.errors import expect
 from data.files import new_folder, write_json
+from retrieval.compose import PUBLISHED, ComposerConfig
+from retrieval.composer import SETTINGS, read_settings
 from retrieval.encoder import CONFIGS, EMBEDDED, WEIGHTS, Encoder, load_encoder, one_of
 from retrieval.head_tuning import HeadConfig, Pairs, changes, held_out_rows, top1, tune_head
 from retrieval.parser import parse
-from retrieval.prompts import TextCache
 from retrieval.trunk_features import file_names, first_of_equals, read_row, trunk_and_head, trunk_features
 
 HELD_OUT = 0.1  # share of the rows, the reference solution's
@@ -33,13 +34,14 @@ def tune(folder: Path, rows: pd.DataFrame, *, source: Path | None = None, cache:
     """Write the new folder `folder`, an encoder as `load_encoder` reads it; returns the card that lies beside it.
 
     rows: `query_image`, `target_image` (paths ready to open) and `query_text`. source: folder of the encoder to start
-    from; None: the embedded one. cache: folder for features, which another run on the same files uses again.
+    from, and of its way to compose (`composer.json`: prompts, unit lengths and weights); None: the embedded one. cache:
+    folder for features, which another run on the same files uses again.
     """
     folder, source, config = Path(folder), EMBEDDED if source is None else Path(source), config or HeadConfig()
     expect(not folder.exists(), folder, "a path where nothing lies yet", "an existing file or folder")
     encoder = load_encoder(source, device=device)
     started = time.monotonic()
-    features, pairs = training_pairs(encoder, rows, cache)
+    features, pairs = training_pairs(encoder, rows, cache, read_settings(source / SETTINGS))
     progress(f"{len(features)} images, {len(pairs)} rows, {time.monotonic() - started:.0f} s")
     generator = torch.Generator().manual_seed(seed)
     held = held_out_rows(pairs.query, pairs.target, HELD_OUT, generator=generator)
@@ -51,7 +53,8 @@ def tune(folder: Path, rows: pd.DataFrame, *, source: Path | None = None, cache:
     return card
 
 
-def training_pairs(encoder: Encoder, rows: pd.DataFrame, cache: Path) -> tuple[Tensor, Pairs]:
+def training_pairs(encoder: Encoder, rows: pd.DataFrame, cache: Path, composer: ComposerConfig = PUBLISHED
+                   ) -> tuple[Tensor, Pairs]:
     """Features (N, F) of the distinct images, and the rows in their numbers; equal images have one number."""
     both = pd.concat([rows["query_image"], rows["target_image"]])
     number, paths = pd.factorize(both)
@@ -60,8 +63,8 @@ def training_pairs(encoder: Encoder, rows: pd.DataFrame, cache: Path) -> tuple[T
                               opened=read_row)
     number = first_of_equals(features)[torch.from_numpy(number)]
     read = parse(rows["query_text"].tolist())
-    change = changes([r.add for r in read], [r.remove for r in read], TextCache(encoder.encode_texts))
-    return features, Pairs(number[:len(rows)], number[len(rows):], change)
+    change = changes([r.add for r in read], [r.remove for r in read], encoder.encode_texts, composer)
+    return features, Pairs(number[:len(rows)], number[len(rows):], change, composer.unit)
 
 
 def best_head(start: Tensor, features: Tensor, pairs: Pairs, held: Tensor, config: HeadConfig, *,
@@ -89,7 +92,8 @@ def save_tuned(folder: Path, source: Path, encoder: Encoder, weight: Tensor, car
     weights[name] = weight.detach().cpu().to(weights[name].dtype).contiguous()
     with new_folder(folder) as scratch:
         shutil.copy(one_of(source, CONFIGS), scratch)
-        if (source / "vocabulary.json").exists():
-            shutil.copy(source / "vocabulary.json", scratch)
+        for extra in ("vocabulary.json", SETTINGS):
+            if (source / extra).exists():
+                shutil.copy(source / extra, scratch)
         write_json(scratch / "card.json", card)
         save_file(weights, scratch / one_of(source, WEIGHTS).name)

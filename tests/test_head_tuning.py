@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
+from retrieval.compose import ComposerConfig, compose
 from retrieval.encoder import load_encoder
 from retrieval.head_tuning import (
     HeadConfig,
@@ -210,6 +211,42 @@ def test_changes_are_sums_of_texts_and_each_is_encoded_once():
     cat, boat, mug = rows.values()
     torch.testing.assert_close(found, torch.stack([cat + mug - boat, -cat]))
     assert len(asked) == 1 and sorted(asked[0]) == sorted(rows)
+
+
+def test_changes_may_be_weighed_at_unit_length():
+    rows = {PROMPT.format(n): randn(4, seed=i) * (i + 2) for i, n in enumerate(("cat", "boat", "mug"))}
+    config = ComposerConfig(unit=True, add_weight=0.5, remove_weight=2.0)
+    added, removed = [("cat", "mug"), ()], [("boat",), ("cat",)]
+
+    def encode(prompts):
+        return torch.stack([rows[p] for p in prompts])
+
+    found = changes(added, removed, encode, config)
+    cat, boat, mug = (row / row.norm() for row in rows.values())
+    torch.testing.assert_close(found, torch.stack([0.5 * (cat + mug) - 2 * boat, -2 * cat]))
+    images = randn(2, 4, seed=9)  # added to images at unit length they compose as `compose` does
+    torch.testing.assert_close(normalize(normalize(images, dim=-1) + found, dim=-1),
+                               compose(images, added, removed, encode, config))
+
+
+@pytest.mark.parametrize("settings", [{"centre_texts": True}, {"project": True}, {"hub_sharpness": 5.0}])
+def test_a_way_of_composing_that_depends_on_the_head_is_refused(refuses, settings):
+    with refuses("composer: expected prompts, unit and weights alone"):
+        changes([("cat",)], [()], lambda prompts: randn(1, 4), ComposerConfig(**settings))
+
+
+def test_unit_lengths_are_trained_and_counted_as_they_will_be_used(task):
+    features, weight, pairs = task
+    pairs = replace(pairs, change=pairs.change / 5, unit=True)
+    images = features @ weight.T
+    composed = images[pairs.query] / images[pairs.query].norm(dim=1, keepdim=True) + pairs.change
+    cosines = cosine_similarity(composed[:, None], images[pairs.target][None], dim=-1) / 0.07
+    slow = -(cosines.log_softmax(1).diag() + cosines.log_softmax(0).diag()).mean() / 2
+    assert pair_loss(weight, features.__getitem__, pairs, 0.07).item() == pytest.approx(slow.item(), rel=1e-4)
+    gallery = pairs.target.unique()
+    best = gallery[cosine_similarity(composed[:, None], images[gallery][None], dim=-1).argmax(1)]
+    assert top1(weight, features.__getitem__, pairs) == pytest.approx((best == pairs.target).double().mean().item())
+    assert pairs[:3].unit
 
 
 def test_top1_counts_targets_among_all_targets(task):

@@ -1,4 +1,6 @@
 """An encoder tuned on a set in the organizers' layout: what is written, and that nothing else is touched."""
+import shutil
+
 import pandas as pd
 import pytest
 import torch
@@ -6,6 +8,8 @@ from safetensors.torch import load_file
 
 from data.scenes import retrieval_triplets, write_retrieval_split
 from retrieval import tune_encoder
+from retrieval.compose import ComposerConfig
+from retrieval.composer import load_composer, save_composer
 from retrieval.encoder import EMBEDDED, load_encoder
 from retrieval.head_tuning import HeadConfig
 from retrieval.parser import Modification
@@ -71,6 +75,19 @@ def test_a_second_run_repeats_the_first_from_the_cache(rows, spoiled, tmp_path):
     assert cards[0] == cards[1]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+
+def test_the_way_to_compose_of_the_source_is_tuned_for_and_stays(rows, spoiled, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(spoiled, source)
+    config = ComposerConfig(unit=True, add_weight=0.5, remove_weight=0.5)
+    save_composer(source, config)
+    tune(tmp_path / "tuned", rows, source=source, cache=tmp_path / "cache", seed=0, device="cpu",
+         config=HeadConfig(epochs=1, rate=0.02))
+    encoder = load_encoder(tmp_path / "tuned", device="cpu")
+    assert load_composer(tmp_path / "tuned", encoder).config == config
+    pairs = training_pairs(encoder, rows, tmp_path / "cache", config)[1]
+    assert pairs.unit and pairs.change.norm(dim=1).max() < 2  # texts at unit length, halved
 
 
 def test_pairs_are_the_rows_of_the_table(rows, tmp_path):
