@@ -16,6 +16,7 @@ import numpy as np
 from data.errors import InputError, expect
 from data.files import write_json
 from data.model_zoo import MODEL, ZooModel, load_model
+from data.retrieval_set import find_retrieval_set
 from submit.dev_splits import ROOT
 from submit.import_closure import import_closure
 from submit.results import Result, Split
@@ -181,7 +182,8 @@ def _run_retrieval(package: Submission, split: Split, data: Path, folder: Path, 
     """Both functions, once, on all rows."""
     frames = {SIDES[0]: split.data.queries[["query_image", "query_text"]], SIDES[1]: split.data.database}
     given = {side: {c: [_path(v, c) for v in frame[c]] for c in frame} for side, frame in frames.items()}
-    access = Access(given=(data.resolve(),))
+    table, images = find_retrieval_set(data)
+    access = Access(given=(images.resolve(),), hidden=(table.name,))  # the table has the targets
     box = make_box(folder / "box", package.root, access)
     progress = Progress()
     progress.endings.append(_run_functions(package, box, access, {"given": given}, judge))

@@ -444,9 +444,10 @@ def test_retrieval_functions_are_called_as_the_judge_calls_them(tmp_path):
         "    return np.array([SEEN[path[-5]] for path in df['target_image']])\n")
     found, broken = judged(folder, data, tmp_path, "retrieval")
     assert not broken and found.result.value == 100 and found.result.n == 2
-    (folder / "generate_embeds.py").write_text("import numpy as np\n\n1 / 0\n")
+    (folder / "generate_embeds.py").write_text(f"open('{data}/q.csv')\n\n1 / 0\n")
     found, broken = judged(folder, data, tmp_path, "retrieval")
     assert ("answers", "import: generate_embeds.py:3: ZeroDivisionError: division by zero") in broken
+    assert ("reads the truth", f"generate_embeds.py:1: {data}/q.csv") in broken
 
 
 def test_arrays_that_declare_more_than_they_hold_are_refused(tmp_path, refuses):
