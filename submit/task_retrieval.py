@@ -88,11 +88,12 @@ def _query_wins(found: RetrievalSet, best: np.ndarray, correct: np.ndarray) -> f
 
 
 def read_embeddings(folder: Path, side: str) -> np.ndarray:
-    """One array, or its shards in order. Arrays of Python objects are refused (they could run code)."""
+    """One array, or its shards in order. Refused: Python objects, which could run code, and a header that declares more
+    than the file holds (a mapped file cannot)."""
     whole = folder / f"{side}.npy"
     files = [whole] if whole.exists() else sorted(folder.glob(f"{side}-*.npy"))
     expect(files, whole, "an array of embeddings", "no such file")
     try:
-        return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+        return np.concatenate([np.load(file, allow_pickle=False, mmap_mode="r") for file in files])
     except (ValueError, EOFError) as error:
         raise InputError(f"{files[0]}: expected a NumPy array of numbers, found {error}") from None
