@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
                   no_args_is_help=True,
                   help="Submission kit for trustworthy-AI contests: predict, score and train, as the organizers do.")
 zoo_app = typer.Typer(no_args_is_help=True, help="Model zoos in the organizers' layout.")
-weights_app = typer.Typer(no_args_is_help=True, help="The embedded weights.")
+weights_app = typer.Typer(no_args_is_help=True, help="The embedded weights, and those of the hub.")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(weights_app, name="weights")
 
@@ -68,6 +68,7 @@ EngineName = Annotated[str, typer.Option("--engine", help="Where units are done:
                                          "($RAY_ADDRESS, else here) or slurm.")]
 Workers = Annotated[int, typer.Option(help="Units done side by side; 0 = one a GPU, on CPUs all in this process.",
                                       min=0)]
+WeightCache = Annotated[Path | None, typer.Option(help="Folder of fetched weights. Default: .cache/weights.")]
 RulesFolder = Annotated[Path | None, typer.Option(help="Folder with the rules of another contest, a TOML file a task.")]
 
 
@@ -311,6 +312,52 @@ def weights_tune(
         1 if tune(data, out, source=source, cache=cache, seed=seed, device=_use_device(device)) else 0)
 
 
+@weights_app.command("list", epilog="Example: python -m submit weights list")
+def weights_list(cache: WeightCache = None, json: Json = False) -> None:
+    """The weights that the kit knows: what for, whose, how large, and whether they are here."""
+    from submit.weight_commands import list_weights
+    from submit.weights_fetching import CACHE
+
+    list_weights(cache or CACHE, as_json=json)
+
+
+@weights_app.command("fetch", epilog="Example: python -m submit weights fetch vit_large_patch14_dinov2")
+def weights_fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of `weights list`, or all.")],
+    cache: WeightCache = None,
+) -> None:
+    """Get weights from the Hugging Face hub; a stopped download goes on, every file is checked."""
+    from submit.weight_commands import fetch_weights
+    from submit.weights_fetching import CACHE
+
+    fetch_weights(names, cache or CACHE)
+
+
+@weights_app.command("freeze", epilog="Example: python -m submit weights freeze all --out frozen")
+def weights_freeze(
+    out: Annotated[Path, typer.Option(help="New folder; give it as --weights on a machine without network.")],
+    names: Annotated[list[str] | None, typer.Argument(
+        metavar="[NAME]...", help="Names of `weights list`, or all. Default: what was fetched.")] = None,
+    cache: WeightCache = None,
+) -> None:
+    """Lay fetched weights out for a machine without network, with checksums and how their input is prepared."""
+    from submit.weight_commands import freeze_weights
+    from submit.weights_fetching import CACHE
+
+    freeze_weights(names or [], cache or CACHE, out)
+
+
+@weights_app.command("verify", epilog="Example: python -m submit weights verify frozen --load")
+def weights_verify(
+    folder: Annotated[Path, typer.Argument(help="Folder that `weights freeze` made.")],
+    load: Annotated[bool, typer.Option("--load", help="Also load each as the kit does.")] = False,
+) -> None:
+    """Check a frozen folder: every file, its checksum, and that inputs are prepared as when it was frozen."""
+    from submit.weight_commands import verify_weights
+
+    raise typer.Exit(1 if verify_weights(folder, load=load) else 0)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 something could not be scored, 2 bad input, 130 interrupted."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be what a terminal can show
@@ -366,7 +413,14 @@ def _use_preset(name: str, weights: Path | None) -> tuple[Path, ...]:
     from anomaly.predict import PRESET, WEIGHTS
     from anomaly.presets import preset, weight_files
 
-    files = weight_files(preset(name), weights)
+    chosen = preset(name)
+    try:
+        files = weight_files(chosen, weights)
+    except InputError as lack:
+        from submit.weights_registry import how_to_get
+
+        nets = {config.architecture: None for config in (chosen.for_maps, chosen.for_images) if config}
+        raise InputError(f"{lack}; {how_to_get(' '.join(nets))}") from None
     os.environ[PRESET], os.environ[WEIGHTS] = name, str(weights.resolve()) if weights else ""
     return files
 

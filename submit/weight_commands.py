@@ -1,4 +1,6 @@
-"""`weights train`: the scripts that made the embedded weights. `weights tune`: a head fitted to a training set."""
+"""`weights train`: the scripts that made the embedded weights. `weights tune`: a head fitted to a training set.
+`list`, `fetch`, `freeze`, `verify`: weights of the hub, and the folder that needs no network.
+"""
 from __future__ import annotations
 
 import json
@@ -6,7 +8,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from rich.table import Table
+
 from data.errors import expect
+from submit.dev_splits import ROOT
+from submit.submission import plain
+from submit.tables import console, print_record
+from submit.weights_fetching import fetch, fetched
+from submit.weights_registry import Weight, chosen, how_to_get, read_registry
 
 TRAINERS = {"parser": "retrieval.train_parser", "encoder": "retrieval.train_encoder",
             "backbone": "anomaly.train_backbone"}
@@ -43,3 +52,68 @@ def tune(data: Path, out: Path, *, source: Path | None, cache: Path, seed: int, 
     print(json.dumps(card["epochs"], indent=1))
     print(f"encoder: {out}")
     return len(found.problems)
+
+
+def list_weights(cache: Path, *, as_json: bool) -> None:
+    """Every entry of the registry, and whether it is here."""
+    rows = [{"name": weight.name, "use": weight.use, "licence": weight.licence, "bytes": _size(weight),
+             "state": _state(weight, cache), "from": weight.source, "preprocessing": dict(weight.preprocessing)}
+            for weight in read_registry().values()]
+    if as_json:
+        print_record({"cache": str(cache), "weights": rows})
+        return
+    table = Table(show_lines=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("MB", justify="right", no_wrap=True)
+    for name in ("licence", "state", "use, from"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row["name"], f"{row['bytes'] / 1e6:.1f}", row["licence"], row["state"],
+                      f"{row['use']}\n{row['from']}")
+    console().print(table)
+
+
+def _size(weight: Weight) -> int:
+    files = (ROOT / weight.folder).glob("*") if weight.embedded else ()
+    return weight.bytes or sum(path.stat().st_size for path in files)
+
+
+def _state(weight: Weight, cache: Path) -> str:
+    if weight.embedded:
+        return "embedded"
+    record = fetched(weight, cache)
+    return f"fetched, {record['commit'][:12]}" if record else "not fetched"
+
+
+def fetch_weights(names: list[str], cache: Path) -> None:
+    """Get the named weights, one after the other; progress on stderr."""
+    for weight in chosen(names, read_registry()):
+        record = fetch(weight, cache, say=lambda line: print(line, file=sys.stderr))
+        print(f"{weight.name}: {cache / weight.name}, {weight.repo} commit {record['commit']}")
+
+
+def freeze_weights(names: list[str], cache: Path, out: Path) -> None:
+    """Lay the named weights out in the new folder `out`; without names, all that were fetched."""
+    from submit.weights_freezing import freeze
+
+    registry = read_registry()
+    weights = chosen(names, registry) if names else [w for w in registry.values() if fetched(w, cache)]
+    expect(weights, cache, "fetched weights", f"none; {how_to_get('NAME')}")
+    record = freeze(weights, cache, out)
+    for name, entry in record["weights"].items():
+        print(f"{name}: {out / entry['folder']}, preprocessing {entry['fingerprint']}, commit {entry['commit']}")
+    print(f"frozen: {out} (on the machine without network: --weights {out})")
+
+
+def verify_weights(folder: Path, *, load: bool) -> int:
+    """Check a frozen folder, a line an entry or fault; returns the number of faults."""
+    from submit.weights_freezing import verify
+
+    faults = 0
+    for name, found in verify(folder, read_registry(), load=load).items():
+        faults += len(found)
+        for line in found:
+            print(plain(f"broken  {name}: {line}"))
+        if not found:
+            print(plain(f"ok      {name}: files, checksums and preprocessing{' and loading' if load else ''}"))
+    return faults
