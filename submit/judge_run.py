@@ -81,8 +81,8 @@ def run_submission(package: Submission, data: Path, out: Path, judge: Judge) -> 
              *_event_lines(package, progress.endings)]
     result = None
     try:
-        result = module.evaluate(split, out, judge.seed)
-        lines.append(_score_line(package, result, progress, split))
+        result = _of_all(module.evaluate(split, out, judge.seed), split)
+        lines.append(_score_line(package, result, progress))
         if not progress.failed:  # else their reason is named already
             lines += [Line(False, "answers", str(problem)) for problem in result.problems[:LISTED]]
     except InputError as problem:
@@ -325,12 +325,16 @@ def _event_text(event: Event) -> str:
     return f"{where}: {event.what}{' (denied)' if event.denied else ''}"
 
 
-def _score_line(package: Submission, result: Result, progress: Progress, split: Split) -> Line:
-    """The score over everything that was given; what has no answer counts as wrong."""
-    value = result.value
-    if package.task == "backdoor":
-        value = result.value * result.n / len(split.units)
-    won = place(value, package.rules.leaderboard)
+def _of_all(result: Result, split: Split) -> Result:
+    """The result over every model that was given: one without an answer counts as wrong."""
+    if result.counted != "models" or result.n == len(split.units):
+        return result
+    note = f"{len(split.units) - result.n} of {len(split.units)} models have no answer: the value counts them as wrong"
+    return replace(result, value=result.value * result.n / len(split.units), notes=(*result.notes, note))
+
+
+def _score_line(package: Submission, result: Result, progress: Progress) -> Line:
+    won = place(result.value, package.rules.leaderboard)
     where = f"place {won}" if won else "below the leaderboard"
     whole = not progress.failed and not result.problems
-    return Line(whole, "score", f"{package.rules.metric} {value:.2f} on {result.n} {result.counted}, {where}")
+    return Line(whole, "score", f"{package.rules.metric} {result.value:.2f} on {result.n} {result.counted}, {where}")

@@ -4,17 +4,13 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data.errors import expect
 from data.files import write_json
-from submit.records import environment
-from submit.rules import rules, use_rules
+from submit.rules import place, use_rules
+from submit.rules import rules as rules_of
 from submit.submission import Verdict, plain
 from submit.tables import console, print_record
-
-if TYPE_CHECKING:
-    from submit.judge_run import Judged
 
 COLUMN, RUN_COLUMN = 13, 15  # characters of a rule's name
 
@@ -60,15 +56,21 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
     from submit.dev_splits import dev_split
     from submit.judge_run import Judge, run_submission
     from submit.sandbox import best_tier
+    from submit.score_run import Outcome, finish_run
 
     use_rules(rules)
     judge = Judge(best_tier(tier), str(python.absolute()) if python else sys.executable, seed)
     expect(Path(judge.python).is_file(), "--python", "an interpreter", judge.python)
     with opened(path, task) as submission:
-        folder = runs / "predictions" / submission.task
-        judged = run_submission(submission, data or dev_split(submission.task, seed), folder, judge)
         task = submission.task
-    record = judged_record(task, judged, command, path)
+        given = data or dev_split(task, seed)
+        judged = run_submission(submission, given, runs / "predictions" / task, judge)
+    outcome = None if judged.result is None else Outcome(
+        task, judged.result, judged.seconds, place(judged.result.value, rules_of(task).leaderboard), data is None,
+        judged.problems, None, given, runs / "predictions" / task)
+    record = finish_run(runs, [outcome] if outcome else [], command=command, seed=seed, device="auto")
+    record["judge"] = {"package": str(path), "tier": judged.tier, "python": judge.python,
+                       "verdicts": [asdict(line) for line in judged.lines]}
     write_json(runs / "record.json", record)
     broken = sum(not line.ok for line in judged.lines)
     if as_json:
@@ -82,17 +84,6 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
     return broken
 
 
-def judged_record(task: str, judged: Judged, command: str, path: Path) -> dict:
-    """What a run leaves behind, as JSON."""
-    result = judged.result
-    scored = None if result is None else {
-        "metric": rules(task).metric, "value": result.value, "interval_95": list(result.interval), "n": result.n,
-        "counted": result.counted, "parts": result.parts, **result.extra}
-    return {"command": command, "task": task, "package": str(path), "tier": judged.tier,
-            "seconds": round(judged.seconds, 3), "verdicts": [asdict(line) for line in judged.lines],
-            "problems": [str(problem) for problem in judged.problems], "result": scored, "environment": environment()}
-
-
 def result_lines(verdict: Verdict) -> list[str]:
     """One line for each breach of a rule, or one that says what was looked at."""
     if not verdict.broken:
@@ -101,5 +92,5 @@ def result_lines(verdict: Verdict) -> list[str]:
 
 
 def _of_limit(task: str) -> str:
-    limit = rules(task).limits.package_bytes
+    limit = rules_of(task).limits.package_bytes
     return f" (limit {limit})" if limit else ""

@@ -340,7 +340,8 @@ def test_a_submission_is_run_and_scored(submission, parts, tmp_path, capsys):
     assert any("score           mean of seven, % " in line and "4 images" in line for line in out)
     assert out[0].startswith("ok      box             ") and best_tier() in sandbox.MEANING
     record = json.loads(next((tmp_path / "runs").glob("*/record.json")).read_text())
-    assert record["tier"] == best_tier() and record["result"]["parts"][0]["image_auroc"] == 100
+    assert record["judge"]["tier"] == best_tier() and record["results"][0]["parts"][0]["image_auroc"] == 100
+    assert {line["rule"] for line in record["judge"]["verdicts"]} >= {"time", "memory", "network", "score"}
     assert not (folder / "output_scores").exists()  # it worked on a copy
 
 
@@ -397,7 +398,8 @@ def test_models_that_cannot_be_answered_are_named_and_the_others_are(tmp_path):
     assert ("answers", f"{names[2]}: returned 2, neither 0 nor 1") in broken
     assert found.result.n == 1 and {rule for rule, _ in broken} == {"answers", "score"}
     value = float(next(text for rule, text in broken if rule == "score").split("% ")[1].split()[0])
-    assert value == pytest.approx(found.result.value / 3, abs=0.01)  # of all three, not of those with an answer
+    assert value == pytest.approx(found.result.value, abs=0.01) and value in (0, pytest.approx(100 / 3, abs=0.01))
+    assert found.result.notes == ("2 of 3 models have no answer: the value counts them as wrong",)
 
 
 @pytest.mark.parametrize(("ended", "calls", "reasons"), [

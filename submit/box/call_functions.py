@@ -104,7 +104,6 @@ def retrieval(spec):
     import pandas as pd
 
     sides = {"query_embeddings": "encode_queries", "database_embeddings": "encode_database"}
-    record = None
     try:
         package = imported(spec, "generate_embeds")
     except BaseException as error:
