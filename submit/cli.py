@@ -142,11 +142,21 @@ def package(
     half: Annotated[bool, typer.Option("--half/--full", help="Store float32 weights as float16, or as they are.")]
     = True,
     rules: RulesFolder = None, json: Json = False,
+    push: Annotated[str | None, typer.Option(
+        help="Also to the private repository ORG/NAME of the Hugging Face hub; a finished OUT is pushed as it is.")]
+    = None,
 ) -> None:
     """Write what the judge of a task takes: a folder and a zip, the same bytes each time."""
     from submit.ship_commands import package as write
 
-    write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
+    if push is None:
+        write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
+        return
+    from submit.push import finished, print_pushed
+
+    if not finished(out, task.value, push):
+        write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
+    print_pushed(out, push)
 
 
 @app.command(epilog="Example: python -m submit check my_detector")

@@ -14,6 +14,7 @@ class FakeHub:
     def __init__(self):
         self.files, self.large, self.wrong_sum, self.cut = {}, set(), set(), {}
         self.requests, self.bodies, self.created, self.commits, self.stored = [], [], [], {}, {}
+        self.there, self.private = [], True  # names in the repository before an upload, and whether it is hidden
         self.refuse = None  # (status, message) of every call
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -46,6 +47,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer_file(self, body):
         self.hub.requests.append((self.command, self.path, dict(self.headers)))
+        if self.path.startswith("/api/models/"):
+            return self.answer_repository()
         repo, _, rest = unquote(self.path.lstrip("/")).partition("/resolve/")
         revision, _, name = rest.partition("/")
         content = self.hub.files.get((repo, name))
@@ -64,8 +67,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start:end])
             self.close_connection = end is not None
 
+    def answer_repository(self):
+        if self.hub.refuse:
+            return self.send(*self.hub.refuse)
+        if "/tree/" in self.path:
+            return self.send(200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40}
+                                   for name in self.hub.there])
+        return self.send(200, {"id": "org/name", "private": self.hub.private, "sha": COMMIT,
+                               "siblings": [{"rfilename": name} for name in self.hub.there]})
+
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         self.hub.requests.append((self.command, self.path, dict(self.headers)))
         self.hub.bodies.append(body)
         if self.hub.refuse:
@@ -92,8 +104,18 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(404, f"no answer for {self.path}")
 
     def do_PUT(self):
-        self.hub.stored[self.path.rsplit("/", 1)[1]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.stored[self.path.rsplit("/", 1)[1]] = self.body()
         self.send(200, {})
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
 
     def send(self, status, content, body=True):
         text = json.dumps({"error": content} if isinstance(content, str) else content).encode()
