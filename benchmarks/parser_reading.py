@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import time
 from collections import Counter
@@ -41,7 +42,7 @@ def main() -> None:
     options.add_argument("--record", default="parser_reading", help="name of the record")
     asked = options.parse_args()
     parser = load_parser(asked.parser, torch.device("cpu"))
-    record = {"command": f"python -m benchmarks.parser_reading --parser {asked.parser}", "n": N, "seed": SEED,
+    record = {"command": "python -m benchmarks.parser_reading", "parser": str(asked.parser), "n": N, "seed": SEED,
               "megabytes": round(sum(path.stat().st_size for path in asked.parser.iterdir()) / 1e6, 2)}
     for split in asked.splits:
         sentences = labelled_sentences(N, split, generator=torch.Generator().manual_seed(SEED))
@@ -50,7 +51,8 @@ def main() -> None:
     record["texts_a_second"] = speeds(parser)
     for name, value in record["texts_a_second"].items():
         print(f"{name:58s} {value['texts_a_second']:8.0f} texts a second, {value['tokens']:.1f} sub-words each")
-    write_json(Path(__file__).parent / "records" / f"{asked.record}.json", {**record, "environment": environment()})
+    record |= {"load_average": os.getloadavg()[0], "environment": environment()}  # a busy machine is a slow one
+    write_json(Path(__file__).parent / "records" / f"{asked.record}.json", record)
 
 
 def reading(parser: Parser, sentences: list[LabelledSentence]) -> dict:

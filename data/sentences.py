@@ -131,7 +131,7 @@ def _name(split: str, rng: random.Random, invented: float, strange: Sequence[str
     if rng.random() < invented:
         chosen = rng.sample(range(len(words)), rng.randint(1, len(words)))
         words = [_strange_word(rng, strange) if i in chosen and len(word) > 3 else word for i, word in enumerate(words)]
-    while words[-1] in ("and", "&", "of", "with", "for", "in", "on", "a", "the"):
+    while len(words) > 1 and words[-1] in ("and", "&", "of", "with", "for", "in", "on", "a", "the"):
         words.pop()  # left over where a mixed name was cut
     return " ".join(words)
 

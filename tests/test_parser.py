@@ -357,8 +357,7 @@ PLAIN_REQUESTS = [
     ("guitar instead of violin", ["guitar"], ["violin"]),
     ("Please swap the cat for a dog", ["dog"], ["cat"]),
     ("Substitute a banana for the apple", ["banana"], ["apple"]),
-    pytest.param("substitute banana for apple", ["banana"], ["apple"], marks=pytest.mark.xfail(
-        strict=True, reason="the embedded weights read `substitute X for Y` the wrong way round without articles")),
+    ("substitute banana for apple", ["banana"], ["apple"]),
     ("Take away the umbrella, then put in a bicycle and a kite.", ["bicycle", "kite"], ["umbrella"]),
     ("No more laptop, just a book", ["book"], ["laptop"]),
     ("add chef’s hat and remove x-ray machine", ["chef’s hat"], ["x-ray machine"]),
@@ -379,6 +378,30 @@ def test_the_fixed_form_of_the_training_texts_is_read_whole():
     assert parse(texts) == [Modification((a,), (b,)) for a, b in itertools.permutations(names, 2)]
 
 
+def test_the_embedded_weights_read_alike_in_one_batch_or_many():
+    texts = [sentence.text for sentence in labelled_sentences(60, "val", generator=seeded(6))]
+    whole = parse(texts)
+    assert [parse([text])[0] for text in texts] == whole
+    assert parse(texts[::-1])[::-1] == whole
+
+
+@pytest.mark.parametrize(("text", "add", "remove"), [
+    ("I'd like a lamp, a chair and a rug instead of the sofa, the desk and the bed please",
+     ["lamp", "chair", "rug"], ["sofa", "desk", "bed"]),
+    ("delte the car and ad a bus", ["bus"], ["car"]),
+    ("+red mug -blue bowl", ["red mug"], ["blue bowl"]),
+    ("before adding a fern, take away the sofa", ["fern"], ["sofa"]),
+    ("let's say goodbye to the vase — hello, fruit bowl!", ["fruit bowl"], ["vase"]),
+    ("Remove the salt and pepper shakers set, add a teapot with floral pattern",
+     ["teapot with floral pattern"], ["salt and pepper shakers set"]),
+    ("What if the fridge was an oven?", ["oven"], ["fridge"]),
+    ("without the hot-air balloon", [], ["hot-air balloon"]),
+    ("leave everything as it is", [], []),
+])
+def test_wishes_typing_slips_lists_and_marks_are_read(text, add, remove):
+    assert parse([text]) == [Modification(tuple(add), tuple(remove))]
+
+
 def test_the_card_tells_the_truth_about_the_embedded_weights():
     from retrieval import parser as module
     card = json.loads((module._EMBEDDED / "card.json").read_text())
@@ -387,7 +410,7 @@ def test_the_card_tells_the_truth_about_the_embedded_weights():
                      parse([sentence.text for sentence in sentences]))
     assert abs(found["exact"] - card["figures"]["val"]["exact"]) < 8  # four deviations of a share of 600
     size = sum(path.stat().st_size for path in module._EMBEDDED.iterdir())
-    assert size < 8e6
+    assert size < 20e6
 
 
 def test_weights_with_other_labels_or_missing_tensors_are_refused(tmp_path, refuses):

@@ -310,7 +310,8 @@ def test_training_from_a_pretrained_encoder_writes_a_narrower_parser(tmp_path, h
     before = torch.get_rng_state()
     card = train(tmp_path / "out", seed=1, start=hub, config=TINY)
     assert torch.equal(torch.get_rng_state(), before)
-    assert card["start"] == "hub"
+    assert card["command"] == "python -m submit weights train parser --out FOLDER --start hub"
+    assert (card["start"], card["start_licence"]) == ("hub", "as its source says")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["n_layers"], config["dim"], config["hidden_dim"]) == (2, 16, 20)
     assert config["max_position_embeddings"] == 300
