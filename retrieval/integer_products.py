@@ -19,12 +19,9 @@ _DEEPEST = 2**31 // _LARGEST**2  # inputs whose products are sure to fit into 32
 
 
 def supported() -> bool:
-    """True if this processor multiplies bytes faster than floats."""
-    for name in ("_is_vnni_supported", "_is_cpu_support_vnni"):  # the second is its name in torch 2.4
-        known = getattr(torch.cpu, name, None)
-        if known is not None:
-            return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(known())
-    return False
+    """True if this processor multiplies bytes faster than floats, and this torch (2.6 or later) says so."""
+    known = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(known())
 
 
 class IntegerLinear(nn.Module):
