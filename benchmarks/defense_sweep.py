@@ -18,12 +18,16 @@ from typing import Any
 import torch
 
 from data.devices import chosen_device
+from data.errors import InputError
 from data.files import write_json
+from data.model_zoo import ZooModel
+from data.zoo_recipes import jobs
 from submit.defend_commands import print_summaries, unit_line
 from submit.defense_runs import run_plans
 from submit.records import environment, peak_memory_gib
-from submit.sweeps import built_victims, read_sweep, summaries
+from submit.sweeps import Sweep, built_victims, read_sweep, summaries
 from submit.zoo_commands import victim_line
+from submit.zoo_victims import backdoored_samples
 
 RECORDS = Path(__file__).parent / "records"
 SWEEP = Path(__file__).parent.parent / "defense" / "sweeps" / "cpu.toml"
@@ -33,7 +37,19 @@ class TimeUp(Exception):
     """No further run is to start."""
 
 
-def collect(sweep, data: Path, out: Path, device: torch.device, workers: int, end: float) -> list[dict[str, Any]]:
+def victims(sweep: Sweep, data: Path, out: Path, device: torch.device, workers: int
+            ) -> tuple[list[ZooModel], list[InputError]]:
+    """The sweep's networks: read where all are there, even among those of more rounds, else trained."""
+    names = {job.name for job in jobs(sweep.victims) if job.attack}
+    if all((out / "victims" / name).is_dir() for name in names):
+        samples, problems = backdoored_samples(out / "victims")
+        return [sample for sample in samples if sample.name in names], problems
+    return built_victims(sweep.victims, data, out, device=device, workers=workers,
+                         progress=lambda name, record: print(victim_line(name, record), file=sys.stderr))
+
+
+def collect(sweep: Sweep, data: Path, out: Path, device: torch.device, workers: int, end: float
+            ) -> list[dict[str, Any]]:
     """The units of every victim, found or measured, as far as the time allows."""
     units: list[dict[str, Any]] = []
 
@@ -44,9 +60,7 @@ def collect(sweep, data: Path, out: Path, device: torch.device, workers: int, en
             raise TimeUp
 
     try:
-        samples, problems = built_victims(sweep.victims, data, out, device=device, workers=workers,
-                                          progress=lambda name, record: print(victim_line(name, record),
-                                                                              file=sys.stderr))
+        samples, problems = victims(sweep, data, out, device, workers)
         samples = sorted(samples, key=lambda sample: sample.name.rsplit("-", 1)[-1])  # round by round
         for _, problem in run_plans(samples, sweep.plans(), data, out, device=device, workers=workers, report=keep):
             problems += [problem] if problem else []
@@ -79,12 +93,12 @@ def main() -> None:
                     start + 60 * options.minutes)
     units = whole_victims(units, len(sweep.plans()))
     tables = summaries(units)
-    victims = {unit["victim"]: unit["before"] for unit in units}
+    before = {unit["victim"]: unit["before"] for unit in units}
     slim = [{key: value for key, value in unit.items() if key not in ("details", "before", "settings")}
             for unit in units]
     command = f"python -m benchmarks.defense_sweep --data DIR --rounds {options.rounds}"
     record = {"command": command, "sweep": SWEEP.name, "tables": tables,
-              "settings": {plan.label: plan.settings for plan in sweep.plans()}, "victims": victims, "units": slim,
+              "settings": {plan.label: plan.settings for plan in sweep.plans()}, "victims": before, "units": slim,
               "peak_memory_gib": peak_memory_gib(), "environment": environment()}
     write_json(RECORDS / "defense_sweep.json", record)
     print_summaries(tables)
