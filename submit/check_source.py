@@ -200,7 +200,11 @@ def resolution(package: Submission) -> tuple[str, Iterator[Broken]]:
             command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--target",
                        folder, "--python-version", version, "--only-binary=:all:", "--disable-pip-version-check", "-r",
                        str(path.resolve())]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=RESOLVE_SECONDS, check=False)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=RESOLVE_SECONDS, check=False)
+            except subprocess.TimeoutExpired:
+                yield Broken("requirements.txt", f"no answer of pip within {RESOLVE_SECONDS} s", "ask again later")
+                return
         if done.returncode:
             reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
             yield Broken("requirements.txt", reason[0].removeprefix("ERROR: "), "choose versions that go together")

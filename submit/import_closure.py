@@ -28,6 +28,7 @@ class Place:
 @dataclass(frozen=True)
 class Closure:
     modules: dict[str, Path]      # dotted name -> file, sorted
+    # Without what may fail to import, and so is not needed:
     libraries: dict[str, Place]   # top name of what comes from elsewhere, without the standard library -> first use
     missing: dict[str, Place]     # imported from a package of the folder that has no such module
 
@@ -46,10 +47,14 @@ def import_closure(entries: dict[str, Path], root: Path) -> Closure:
         if name in modules:
             continue
         modules[name] = file
-        for wanted, line, certain in imports(parsed(file), name, file.name == "__init__.py"):
+        tree = parsed(file)
+        optional = _optional_lines(tree)
+        for wanted, line, certain in imports(tree, name, file.name == "__init__.py"):
             found = list(_files_of(wanted, root))
             waiting += found
             top = wanted.split(".")[0]
+            if line in optional:
+                continue
             if not found:
                 if top not in sys.stdlib_module_names and top not in entries:
                     libraries.setdefault(top, Place(file, line))
@@ -82,6 +87,18 @@ def imports(tree: ast.Module, name: str, is_package: bool) -> Iterator[tuple[str
             for alias in node.names:  # a module, or a name in one
                 if alias.name != "*":
                     yield f"{base}.{alias.name}" if base else alias.name, node.lineno, not base
+
+
+def _optional_lines(tree: ast.Module) -> set[int]:
+    """Lines that may fail to import: the body of a `try` whose handler takes an ImportError."""
+    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)
+             and any(_names(handler.type) & {"ImportError", "ModuleNotFoundError"} for handler in node.handlers)]
+    parts = [inner for node in tries for part in node.body for inner in ast.walk(part)]
+    return {part.lineno for part in parts if isinstance(part, ast.Import | ast.ImportFrom)}
+
+
+def _names(node: ast.expr | None) -> set[str]:
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} if node is not None else set()
 
 
 def _absolute(node: ast.ImportFrom, name: str, is_package: bool) -> str:

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -291,6 +292,15 @@ def test_pip_is_asked_only_on_request(package, capsys, monkeypatch):
     status, out, _ = run(capsys, "check", package("backdoor"), "--resolve")
     assert status == 1 and "resolution    requirements.txt: No matching distribution found for torch==2.4.0" in out
     assert calls[0][calls[0].index("--python-version") + 1] == "3.10" and "--dry-run" in calls[0]
+
+
+def test_pip_that_does_not_answer_is_no_end_of_the_check(package, monkeypatch):
+    def late(command, **_):
+        raise subprocess.TimeoutExpired(command, 600)
+
+    monkeypatch.setattr("submit.check_source.subprocess.run", late)
+    verdict = check(read_submission(package("backdoor"), None), resolve=True)[-1]
+    assert verdict.broken == (Broken("requirements.txt", "no answer of pip within 600 s", "ask again later"),)
 
 
 def test_unknown_libraries_are_said_to_be_unknown(package):

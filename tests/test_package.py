@@ -209,6 +209,14 @@ def test_the_closure_follows_every_kind_of_import(tmp_path):
     assert not found.missing
 
 
+def test_what_may_fail_to_import_is_not_needed(tmp_path):
+    root = write(tmp_path, {"main.py": "try:\n    import faiss, a.gone\n    import a.there\nexcept ImportError:\n"
+                                       "    import numpy\ntry:\n    import scipy\nexcept ValueError:\n    pass\n",
+                            "a/__init__.py": "", "a/there.py": ""})
+    found = import_closure({"main": root / "main.py"}, root)
+    assert list(found.libraries) == ["numpy", "scipy"] and not found.missing and "a.there" in found.modules
+
+
 def test_missing_modules_and_broken_source_are_named(tmp_path, refuses):
     root = write(tmp_path, {"main.py": "\nimport a.gone\n", "a/__init__.py": ""})
     found = import_closure({"main": root / "main.py"}, root)
