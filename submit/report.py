@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data.errors import expect
 from data.files import write_atomic
-from submit.report_parts import anomaly_part, backdoor_part, defense_part, profile_part, retrieval_part
+from submit.report_parts import anomaly_part, backdoor_part, defense_part, judge_part, profile_part, retrieval_part
 from submit.report_parts.run_records import Run, predictions_folder, read_run, reading
 from submit.rules import rules
 from submit.units import LEDGER
@@ -160,8 +160,9 @@ def _slowest(run: Run, result: Mapping[str, Any]) -> float | None:
 def _sections(run: Run, room: int, start: int) -> list[Section]:
     """room: bytes for the pictures of one task's section; start: sections before these."""
     if run.kind == "score":
-        found = [(rules(_task(result)).title, TASK_PARTS[_task(result)].section(run, result, room))
-                 for result in run.record["results"]]
+        found = [("As the judge runs it", judge_part.section(run))] if "judge" in run.record else []
+        found += [(rules(_task(result)).title, TASK_PARTS[_task(result)].section(run, result, room))
+                  for result in run.record["results"]]
     elif run.kind == "profile":
         found = [(f"Profile: {run.record['task']}", profile_part.section(run))]
     else:

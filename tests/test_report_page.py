@@ -158,7 +158,7 @@ def test_the_page_of_every_kind_of_run(tmp_path, scored, defended, profiled):
                      "row 3, target at place 3", "1 missed", "2 found", "1 · 0.9",  # retrieval
                      "image auroc", "40.0 – 61.0", "images, AUROC 50.0 %", "4 images, worst first",  # anomaly
                      "truth: badnets", "verdict: clean", "1 - p, AUROC 100.0 %",  # backdoor
-                     "97.2 ± 0.8", "97.2 / 1.5 / 90.0", "digits, 10 % ratio: DER", "left out: a network",  # defense
+                     "97.2 ± 0.8", "97.2 / 1.5 / 90.0", "digits, 10 % poisoned: DER", "left out: a network",  # defense
                      "3 s – 9 s", "here 2 s", "609 images", "a remark"):  # profile
         assert expected in shown, expected
     assert made.bytes == len((tmp_path / "page.html").read_bytes()) and made.path == tmp_path / "page.html"
@@ -235,6 +235,17 @@ def test_limits_say_what_is_over(tmp_path, scored, profiled):
     assert [(limit.what, limit.seconds, limit.verdict) for limit in limits] == [
         ("retrieval, whole run", (2.5, 2.5), "within"), ("anomaly, whole run", (2.5, 2.5), "within"),
         ("backdoor, slowest sample", (70.0, 70.0), "over"), ("anomaly, predicted", (3.0, 9.0), "fits")]
+
+
+def test_a_run_as_the_judge_shows_its_verdicts(tmp_path, scored):
+    record = json.loads((scored / "record.json").read_text())
+    verdicts = [{"ok": True, "rule": "time", "text": "2.5 s"}, {"ok": False, "rule": "writes", "text": HOSTILE}]
+    record |= {"results": [], "judge": {"package": "mine", "tier": "audit", "python": "3.10", "verdicts": verdicts}}
+    write_json(scored / "record.json", record)
+    text, made = page(tmp_path, scored)
+    shown = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
+    assert "mine , held by audit" in shown and "1 broken" in shown and "writes broken &lt;script&gt;" in shown
+    assert made.limits == () and "<script" not in text
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, scored, refuses):
@@ -337,7 +348,7 @@ def test_margins_hang_from_zero():
 
 def test_curves_of_a_sweep_follow_what_varies(defended):
     charts = defense_part.section(read_run(defended)).charts
-    assert [(chart.title, chart.across_ends) for chart in charts] == [("digits, 10 % ratio: DER", ("5 %", "10 %"))]
+    assert [(chart.title, chart.across_ends) for chart in charts] == [("digits, 10 % poisoned: DER", ("5 %", "10 %"))]
     assert [one.points for one in charts[0].lines] == ["0,50 100,50", "0,15 100,10"]
 
 

@@ -11,6 +11,7 @@ from submit.sweeps import METRICS
 
 TEMPLATE = "defense.html.jinja"
 VARIED = {"clean": "share of clean images", "ratio": "share of poisoned images"}
+OF_ALL = {"clean": "clean", "ratio": "poisoned"}
 STYLES = 8  # line styles of the page
 
 
@@ -81,5 +82,6 @@ def _curve(varied: str, title: str, rest: Mapping[str, Any], tables: Sequence[Ma
             x = (table[varied] - first) / (last - first)
             points.setdefault(row["defense"], []).append((x, row["all"]["DER"]["mean"] / 100))
     lines = tuple(line(name, *zip(*found, strict=True), i % STYLES) for i, (name, found) in enumerate(points.items()))
-    other = ", ".join(f"{100 * value:g} % {key}" if key in VARIED else str(value) for key, value in rest.items())
+    other = ", ".join(f"{100 * share:g} % {OF_ALL[key]}" if key in OF_ALL else str(share)
+                      for key, share in rest.items())
     return Chart(f"{other}: DER", title, "DER", lines, across_ends=(f"{100 * first:g} %", f"{100 * last:g} %"))
