@@ -421,16 +421,9 @@ def _use_weights(task: Task, preset: str, weights: Path | None) -> tuple[str, ..
 def _use_preset(name: str, weights: Path | None) -> tuple[Path, ...]:
     """The files of an anomaly preset, which its predict function will read."""
     from anomaly.predict import PRESET, WEIGHTS
-    from anomaly.presets import preset, weight_files
+    from submit.weights_registry import preset_files
 
-    chosen = preset(name)
-    try:
-        files = weight_files(chosen, weights)
-    except InputError as lack:
-        from submit.weights_registry import how_to_get
-
-        nets = {config.architecture: None for config in (chosen.for_maps, chosen.for_images) if config}
-        raise InputError(f"{lack}; {how_to_get(' '.join(nets))}") from None
+    files = preset_files(name, weights)
     os.environ[PRESET], os.environ[WEIGHTS] = name, str(weights.resolve()) if weights else ""
     return files
 

@@ -168,10 +168,10 @@ def _preset_nets(task: str, choice: Choice) -> dict[str, bytes]:
         expect(choice.weights is None, "--weights", "retrieval, or a --preset that needs them", task)
         return {}
     expect(task == "anomaly", "--preset", "anomaly, the task that has presets", task)
-    from anomaly.presets import preset, weight_files
+    from submit.weights_registry import preset_files
 
     return {f"weights/{file.relative_to(choice.weights)}": _weights(file, choice) or file.read_bytes()
-            for file in weight_files(preset(choice.preset), choice.weights)}
+            for file in preset_files(choice.preset, choice.weights)}
 
 
 def _replace_nets(contents: dict[str, bytes], choice: Choice) -> None:

@@ -90,3 +90,15 @@ def how_to_get(name: str) -> str:
     """What to run where, for a message about weights that are missing."""
     return (f"where there is a network run `python -m submit weights fetch {name}` and "
             f"`python -m submit weights freeze {name} --out DIR`, then copy DIR here and give it as --weights DIR")
+
+
+def preset_files(name: str, weights: Path | None) -> tuple[Path, ...]:
+    """`anomaly.presets.weight_files` of a preset; where some lack, the error says what to run where."""
+    from anomaly.presets import preset, weight_files
+
+    chosen_preset = preset(name)
+    try:
+        return weight_files(chosen_preset, weights)
+    except InputError as lack:
+        nets = {config.architecture: None for config in (chosen_preset.for_maps, chosen_preset.for_images) if config}
+        raise InputError(f"{lack}; {how_to_get(' '.join(nets))}") from None

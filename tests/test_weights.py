@@ -338,3 +338,6 @@ def test_a_preset_without_its_weights_says_what_to_run_where(capsys, tmp_path):
     status, _, err = run(capsys, "score", "anomaly", "--preset", "report", "--weights", tmp_path)
     assert status == 2 and "expected the weights that preset report needs, found no such file" in err
     assert "`python -m submit weights fetch vit_large_patch14_dinov2 vit_large_patch14_clip_336`" in err
+    status, _, err = run(capsys, "package", "anomaly", "--preset", "musc", "--weights", tmp_path, "--out",
+                         tmp_path / "mine")
+    assert status == 2 and "`python -m submit weights fetch vit_large_patch14_clip_336`" in err
