@@ -27,7 +27,8 @@ LABELS = ("O", "B-add", "I-add", "B-remove", "I-remove")
 OUTSIDE = 0
 _ADD, _REMOVE = LABELS.index("B-add"), LABELS.index("B-remove")  # the inside label of a side follows its begin
 _EMBEDDED = Path(__file__).parent / "weights" / "parser"
-_BATCH = 32  # texts a forward pass: what it needs in between stays in the processor's cache
+_CPU_BATCH = 32  # texts a forward pass and thread: what it needs in between stays in the processor's cache
+_GPU_BATCH = 256  # texts a forward pass elsewhere; at 30 tokens well under 100 MB for the embedded size
 _LONGEST_WORD = 100  # characters read of a word: splitting it takes time that grows with their square
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")  # letters and digits, or one mark
 _COMPOUND = re.compile(r"[^\W_]+(?:[-'][^\W_]+)+")
@@ -111,8 +112,9 @@ class Parser:
         tokenizer.no_truncation()
 
     @torch.inference_mode()
-    def parse(self, texts: list[str], *, batch: int = _BATCH) -> list[Modification]:
+    def parse(self, texts: list[str], *, batch: int | None = None) -> list[Modification]:
         """The objects each text adds and removes, in the order of the texts; the same in one batch or many."""
+        batch = batch or (_CPU_BATCH * torch.get_num_threads() if self.model.device.type == "cpu" else _GPU_BATCH)
         words = [split_words(text) for text in texts]
         encoded = self.encode(words)
         order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: len(encoded[i].ids))
