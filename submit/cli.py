@@ -105,9 +105,9 @@ def score(
     chosen = chosen_engine(engine, workers, device)
     if explain and task not in (Task.retrieval, Task.all):
         raise InputError(f"--explain: expected with retrieval or all, found {task.value}")
-    settings = _use_weights(task, preset, weights)
     if (repair and task not in (Task.backdoor, Task.all)) or (sets and not repair):
         raise InputError(f"--repair, --sets: expected together, with backdoor or all, found {task.value}")
+    settings = _use_weights(task, preset, weights)
     run = _new_run(runs, f"score-{task.value}")
     tasks = TASKS if task is Task.all else (task.value,)
     with ExitStack() as stack:
