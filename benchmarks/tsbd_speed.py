@@ -170,7 +170,8 @@ def main() -> None:
                for name, runs in found.items()}
     ratio = {name: medians[name]["seconds"] / medians["ours"]["seconds"] for name in found if name != "ours"}
     ratio["obvious, CPU seconds"] = medians["obvious"]["cpu_seconds"] / medians["ours"]["cpu_seconds"]
-    record = {"command": "python -m benchmarks.tsbd_speed", "network": options.network, "clean": options.clean,
+    command = f"python -m benchmarks.tsbd_speed --clean {options.clean} --turns {options.turns}"
+    record = {"command": command, "network": options.network, "clean": options.clean,
               "batch": options.batch, "workers": options.workers, "threads": torch.get_num_threads(),
               "device": str(device), "before": dict(victim.before), "runs": found, "times_faster": ratio,
               "environment": environment()}
