@@ -24,6 +24,7 @@ from data.model_zoo import ZooModel
 from data.zoo_recipes import jobs
 from submit.defend_commands import print_summaries, unit_line
 from submit.defense_runs import run_plans
+from submit.engines import Engine
 from submit.records import environment, peak_memory_gib
 from submit.sweeps import Sweep, built_victims, read_sweep, summaries
 from submit.zoo_commands import victim_line
@@ -62,7 +63,8 @@ def collect(sweep: Sweep, data: Path, out: Path, device: torch.device, workers: 
     try:
         samples, problems = victims(sweep, data, out, device, workers)
         samples = sorted(samples, key=lambda sample: sample.name.rsplit("-", 1)[-1])  # round by round
-        for _, problem in run_plans(samples, sweep.plans(), data, out, device=device, workers=workers, report=keep):
+        for _, problem in run_plans(samples, sweep.plans(), data, out, device=device,
+                                    engine=Engine(workers=workers), report=keep):
             problems += [problem] if problem else []
         for problem in problems:
             print(f"left out: {problem}", file=sys.stderr)

@@ -228,11 +228,14 @@ def defend(
     clean: Annotated[float, typer.Option(help="Share of the training images that the defense gets, clean.")] = 0.05,
     out: Annotated[Path | None, typer.Option(
         help="With sweep: folder of its victims and finished runs. Default: RUNS/sweeps/<name of the recipe>.")] = None,
+    engine: EngineName = "local",
     workers: Annotated[int, typer.Option(help="Networks side by side; 0 = one a CPU core, one on a GPU.", min=0)] = 0,
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Repair backdoored networks and measure ACC, ASR, RA and DER; goes on where it was stopped."""
     from submit.defend_commands import check_method, defend_sweep, defend_zoo, finish
+    from submit.engines import chosen_engine
+    from submit.zoo_commands import default_workers
 
     sweep = method == SWEEP
     if not sweep:
@@ -243,12 +246,13 @@ def defend(
     if unwanted[0] is not None:
         raise InputError(f"defend {method}: expected no {unwanted[1]}, found {unwanted[0]}")
     device = _use_device(device)
+    chosen = chosen_engine(engine, workers or default_workers(device), device)
     run = _new_run(runs, f"defend-{method}")
     if sweep:
         folder = out or runs / "sweeps" / recipe.stem
-        outcome = defend_sweep(recipe, data, device=device, workers=workers, out=folder)
+        outcome = defend_sweep(recipe, data, device=device, engine=chosen, out=folder)
     else:
-        outcome = defend_zoo(method, zoo, data, clean=clean, seed=seed, device=device, workers=workers, runs=runs)
+        outcome = defend_zoo(method, zoo, data, clean=clean, seed=seed, device=device, engine=chosen, runs=runs)
     left_out = finish(outcome, run, command=_command(), seed=None if sweep else seed, device=device, as_json=json)
     raise typer.Exit(1 if left_out else 0)
 

@@ -15,10 +15,11 @@ from data.files import write_json
 from data.model_zoo import ZooModel
 from defense.defenses import DEFENSES, ORACLES
 from submit.defense_runs import Plan, run_plans
+from submit.engines import Engine
 from submit.records import environment, peak_memory_gib
 from submit.sweeps import METRICS, built_victims, read_sweep, summaries
 from submit.tables import console, print_record, unit_progress
-from submit.zoo_commands import default_workers, victim_line
+from submit.zoo_commands import victim_line
 from submit.zoo_victims import backdoored_samples
 
 Outcome = tuple[list[dict[str, Any]], list[InputError]]  # units, and what was left out
@@ -29,15 +30,15 @@ def check_method(name: str) -> None:
     expect(name in DEFENSES, "METHOD", f"sweep or one of {', '.join(DEFENSES)}", name)
 
 
-def defend_zoo(method: str, zoo: Path, data: Path | None, *, clean: float, seed: int, device: str, workers: int,
+def defend_zoo(method: str, zoo: Path, data: Path | None, *, clean: float, seed: int, device: str, engine: Engine,
                runs: Path) -> Outcome:
     """One defense over the backdoored networks of `zoo`; finished ones are found again in `runs`/defend."""
     expect(0 < clean <= 1, "--clean", "a share in (0, 1]", clean)
     samples, problems = backdoored_samples(zoo)
-    return _run(samples, problems, [Plan(method, method, {}, clean, seed)], data, runs / "defend", device, workers)
+    return _run(samples, problems, [Plan(method, method, {}, clean, seed)], data, runs / "defend", device, engine)
 
 
-def defend_sweep(recipe: Path, data: Path | None, *, device: str, workers: int, out: Path) -> Outcome:
+def defend_sweep(recipe: Path, data: Path | None, *, device: str, engine: Engine, out: Path) -> Outcome:
     """Train the victims that `out` lacks, then run what it lacks of the sweep."""
     sweep = read_sweep(recipe)
     plans = sweep.plans()
@@ -52,12 +53,12 @@ def defend_sweep(recipe: Path, data: Path | None, *, device: str, workers: int, 
             print(victim_line(name, record), file=sys.stderr)
 
         samples, problems = built_victims(sweep.victims, data, out, device=chosen,
-                                          workers=workers or default_workers(device), progress=trained)
-    return _run(samples, problems, plans, data, out, device, workers)
+                                          workers=engine.workers, progress=trained)
+    return _run(samples, problems, plans, data, out, device, engine)
 
 
 def _run(samples: Sequence[ZooModel], problems: list[InputError], plans: Sequence[Plan], data: Path | None, out: Path,
-         device: str, workers: int) -> Outcome:
+         device: str, engine: Engine) -> Outcome:
     units, refused, done, total = [], [], 0, len(samples) * len(plans)
     with unit_progress() as bar:
         def report(unit: Mapping[str, Any]) -> None:
@@ -68,7 +69,7 @@ def _run(samples: Sequence[ZooModel], problems: list[InputError], plans: Sequenc
 
         bar("defend", 0, total)
         for found, problem in run_plans(samples, plans, data, out, device=torch.device(device),
-                                        workers=workers or default_workers(device), report=report):
+                                        engine=engine, report=report):
             units += found
             refused += [problem] if problem else []
     problems = refused + problems

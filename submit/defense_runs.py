@@ -9,10 +9,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from defense.metrics import defense_effectiveness
 from defense.oracle_pruning import OracleTest
 from defense.training import Shift
 from submit.dev_splits import ROOT
+from submit.engines import HERE, Engine, each
 from submit.zoo_victims import Victim, clean_part, measured, own_seed, read_victim
 
 SHIFT = 1 / 16  # of the side, each way: augmentation that keeps the class of objects, digits and signs
@@ -65,26 +64,20 @@ def code_of(method: str) -> str:
 
 
 def run_plans(samples: Sequence[ZooModel], plans: Sequence[Plan], data: Path | None, out: Path, *,
-              device: torch.device, workers: int, report: Report) -> Iterator[tuple[list[dict], InputError | None]]:
+              device: torch.device, engine: Engine, report: Report) -> Iterator[tuple[list[dict], InputError | None]]:
     """The units of one victim after the other, or why it has none; `report` gets every unit as it is done.
 
-    Kept in `out`/units and `out`/triggers. workers: processes side by side, a victim each.
+    Kept in `out`/units and `out`/triggers. engine: where it is done, a victim a worker.
     """
     work = partial(victim_units, plans=plans, data=data, out=out, device=device)
-    if workers == 1 or len(samples) < 2:
+    if engine == HERE or len(samples) < 2:
         for sample in samples:
             yield work(sample, report=report)
         return
-    with ProcessPoolExecutor(min(workers, len(samples)), get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(work, sample) for sample in samples]):
-                units, problem = future.result()
-                for unit in units:
-                    report(unit)
-                yield units, problem
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for _, (units, problem) in each(work, samples, engine):
+        for unit in units:
+            report(unit)
+        yield units, problem
 
 
 def victim_units(sample: ZooModel, *, plans: Sequence[Plan], data: Path | None, out: Path, device: torch.device,
