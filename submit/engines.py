@@ -139,6 +139,7 @@ RUNNERS = {"local": _local, "ray": _ray, "slurm": _slurm}
 
 
 def _extra(module: str) -> Any:
+    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # Ray would put its own in place of print
     try:
         return __import__(module)
     except ImportError:

@@ -25,6 +25,7 @@ from submit.cli import Task, _use_weights, main
 from submit.dev_splits import dev_split
 from submit.score_run import score_task
 from submit.tables import _margins, _query_table
+from submit.weights_registry import how_to_get
 
 CALLS: list[str] = []
 ZOO = dev_split("backdoor", 0)
@@ -380,9 +381,11 @@ def test_a_preset_reaches_the_predict_function(capsys, parts, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("options, message", [
     (("--preset", "best"), "preset: expected one of embedded, musc, report, musc-v2, found best"),
-    (("--preset", "musc"), "preset musc: expected --weights DIR with vit_large_patch14_clip_336/ in it, found none"),
+    (("--preset", "musc"), "preset musc: expected --weights DIR with vit_large_patch14_clip_336/ in it, found none; "
+     + how_to_get("vit_large_patch14_clip_336")),
     (("--preset", "report", "--weights", "nowhere"), "nowhere/vit_large_patch14_dinov2/model.safetensors: expected the "
-     "weights that preset report needs, found no such file"),
+     "weights that preset report needs, found no such file; "
+     + how_to_get("vit_large_patch14_dinov2 vit_large_patch14_clip_336")),
 ])
 def test_a_preset_that_cannot_run_is_named(capsys, parts, options, message):
     status, out, err = run(capsys, "score", "anomaly", "--data", parts, *options)
