@@ -92,7 +92,7 @@ def profile(asked: Asked, run: Path, *, command: str, as_json: bool) -> str:
         rates, basis = _rates(asked)
     stages = stage_profiles(workload, samples, rates)
     seconds, peak, limit = whole(stages), peak_bytes(stages), _limit(asked.task)
-    found = verdict(seconds, limit, peak, memory)
+    found = verdict(seconds, limit, peak, memory, planned=workload.planned)
     fitting = largest(build, samples, rates, limit, memory, start=asked.size)
     record = {"command": command, "task": asked.task, "workload": workload.title, "gpu": asked.target, "rates": basis,
               "stages": [stage.record() for stage in stages], "chart": [_bar(stage, stages) for stage in stages],

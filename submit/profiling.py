@@ -18,6 +18,7 @@ from submit.workloads import Place, Stage, Workload
 QUICK_FLOP = 5e10  # of a sample that a CPU may be timed on
 HOST = (1.0, 1.5)  # what is timed here counts as measured to half as slow again: sizes and caches differ
 FITS, TIGHT, UNKNOWN, EXCEEDS = "fits", "tight", "cannot tell", "does not fit"
+CUT_SHORT = "cut short by its own deadline"
 TIGHT_UP_TO = 1.5  # times the limit: the slow end of a range that is still called tight
 
 
@@ -153,10 +154,13 @@ def peak_bytes(stages: list[StageProfile]) -> float:
     return max(stage.peak_bytes for stage in stages)
 
 
-def verdict(seconds: Range, limit: float, peak: float, memory: float) -> str:
-    """fits: also at the slow end. tight: the slow end is up to half above the limit. memory, peak: bytes."""
-    if seconds.low > limit or peak > memory:
+def verdict(seconds: Range, limit: float, peak: float, memory: float, *, planned: bool = False) -> str:
+    """fits: also at the slow end. tight: the slow end is up to half above the limit. memory, peak: bytes. planned: the
+    work keeps a deadline of its own, so too little time means less of it."""
+    if peak > memory:
         return EXCEEDS
+    if seconds.low > limit:
+        return CUT_SHORT if planned else EXCEEDS
     if seconds.high <= limit:
         return FITS
     return TIGHT if seconds.high <= TIGHT_UP_TO * limit else UNKNOWN

@@ -69,11 +69,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Workload:
-    """One run of a task, or of one sample where `sample` says that the limit is a sample's."""
+    """One run of a task, or of one sample where `sample` says that the limit is a sample's.
+
+    planned: the work keeps a deadline of its own, within the limit.
+    """
 
     title: str
     stages: tuple[Stage, ...]
     sample: bool = False
+    planned: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -238,7 +242,7 @@ def backdoor(classes: int, half: bool) -> Workload:
         Stage("read the clean images", "images", 512, (SAMPLE_IMAGES,), _read_images((SIDE, SIDE)), host=True),
         Stage("search for perturbations", "images", round(plan.passes(classes)), (at_once,), _pass(classes, False),
               net=True, gradients=True)),
-        sample=True,
+        sample=True, planned=True,
         notes=("the detector plans what fits its own deadline; this is its whole plan",))
 
 
@@ -252,8 +256,9 @@ def repair(images: int, classes: int, half: bool) -> Workload:
         Stage("read the clean images", "images", images, (SAMPLE_IMAGES,), _read_images((SIDE, SIDE)), host=True),
         Stage("tune", "images", passes, (min(BATCH, images),), _pass(classes, True), net=True,
               gradients=True)),
-        sample=True,
-        notes=("unlearning ends at chance, which cannot be told beforehand: at most 30 % of its deadline, not here",))
+        sample=True, planned=True,
+        notes=("a repair is given back by its deadline, whatever is done by then",
+               "unlearning ends at chance, which cannot be told beforehand: at most 30 % of its deadline, not here"))
 
 
 def _pass(classes: int, weights: bool) -> Prepare:

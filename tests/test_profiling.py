@@ -6,6 +6,7 @@ import torch
 
 from submit.op_costs import MATMUL, SINGLE, Cost, Counted, count, total
 from submit.profiling import (
+    CUT_SHORT,
     EXCEEDS,
     FITS,
     TIGHT,
@@ -72,6 +73,12 @@ def test_stages_of_host_and_device_may_overlap_or_take_turns():
     ((1, 10), 5, FITS), ((1, 10.1), 5, TIGHT), ((1, 16), 5, UNKNOWN), ((11, 20), 5, EXCEEDS), ((1, 2), 51, EXCEEDS)])
 def test_the_verdict(seconds, peak, found):
     assert verdict(Range(*seconds), 10, peak, 50) == found
+
+
+def test_work_with_a_deadline_of_its_own_is_cut_short_but_never_late():
+    assert verdict(Range(11, 20), 10, 5, 50, planned=True) == CUT_SHORT
+    assert verdict(Range(1, 2), 10, 51, 50, planned=True) == EXCEEDS
+    assert backdoor(10, True).planned and repair(10, 10, True).planned and not anomaly("report", 10, 2, True).planned
 
 
 @pytest.mark.parametrize("limit", [0.5, 30, 3000.0, 1e9])
