@@ -10,7 +10,7 @@ from data.files import write_json
 from submit.rules import place, use_rules
 from submit.rules import rules as rules_of
 from submit.submission import Verdict, plain
-from submit.tables import console, print_record
+from submit.tables import DEV_NOTE, console, print_record
 
 COLUMN, RUN_COLUMN = 13, 15  # characters of a rule's name
 
@@ -80,6 +80,8 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
         print(plain(f"{'ok      ' if line.ok else 'broken  '}{line.rule:<{RUN_COLUMN}} {line.text}"))
     for problem in judged.problems:
         print(plain(f"not given: {problem}"), file=sys.stderr)
+    if data is None:
+        print(DEV_NOTE)
     print(plain(f"{path}: {task}, {broken} broken; record: {runs / 'record.json'}"))
     return broken
 
