@@ -71,6 +71,7 @@ def run_submission(package: Submission, data: Path, out: Path, judge: Judge) -> 
     """Run the package on `data`, keep its predictions in `out`, score them. Nothing else of it is left."""
     module = import_module(f"submit.task_{package.task}")
     split: Split = module.read(data)
+    out = out.resolve()  # the package runs in a folder of its own
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".box-") as folder:
         progress, split = RUNNERS[package.task](package, split, data, Path(folder), out, judge)

@@ -384,6 +384,17 @@ def some_models(tmp_path, count):
     return names, tmp_path / "zoo"
 
 
+def test_folders_may_be_relative(tmp_path, monkeypatch):
+    some_models(tmp_path, 1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "main.py").write_text("def backdoor_model_detector(model, num_classes, "
+                                               "test_images_folder_address, transformation):\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    package = read_submission(Path("mine"), "backdoor")
+    found = run_submission(package, Path("zoo"), Path("kept"), Judge(best_tier()))
+    assert found.result.n == 1 and all(line.ok for line in found.lines)
+
+
 def test_models_that_cannot_be_answered_are_named_and_the_others_are(tmp_path):
     names, zoo = some_models(tmp_path, 3)
     folder = tmp_path / "mine"
