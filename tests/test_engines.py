@@ -115,7 +115,7 @@ def test_pieces_take_turns_on_the_gpus(monkeypatch):
     assert submit.engines._piece(square, {"KIT_DEVICE": "cuda"}, 1, (0, 1))[1][2] == "cuda"
 
 
-@pytest.mark.parametrize("engine", [Engine("local", 2)], ids=lambda e: e.name)
+@pytest.mark.parametrize("engine", ELSEWHERE, ids=lambda e: e.name)
 def test_scores_do_not_depend_on_the_engine(capsys, tmp_path, engine):
     write_retrieval_split(tmp_path / "scenes", seed=3, queries=20)
     command = ["score", "retrieval", "--data", tmp_path / "scenes", "--device", "cpu", "--json"]
