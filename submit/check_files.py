@@ -276,4 +276,4 @@ def model_descriptions(package: Submission) -> Iterator[tuple[Path, str]]:
             except (ValueError, RecursionError):
                 continue
             kinds = content.get("architectures") if isinstance(content, dict) else None
-            yield from ((path, kind) for kind in kinds or () if isinstance(kind, str))
+            yield from ((path, kind) for kind in (kinds if isinstance(kinds, list) else ()) if isinstance(kind, str))

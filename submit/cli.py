@@ -390,7 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
     if status == INTERRUPTED:  # newer typers turn Ctrl-C into this status themselves
-        print("interrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
+        print("interrupted: what is finished is kept, and the same command goes on from there; `run` starts anew",
+              file=sys.stderr)
     sys.exit(status)
 
 
@@ -404,7 +405,8 @@ def _use_device(name: str) -> str:
     from data.devices import chosen_device
 
     os.environ[VARIABLE] = name
-    return str(chosen_device())
+    os.environ[VARIABLE] = str(chosen_device())  # settled, for other processes too
+    return os.environ[VARIABLE]
 
 
 def _use_weights(task: Task, preset: str, weights: Path | None) -> tuple[str, ...]:

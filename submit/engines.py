@@ -97,7 +97,7 @@ def _device_count() -> int:
 
 
 def _local(task: Callable, items: list, engine: Engine) -> Iterator[tuple[int, Any]]:
-    run = joblib.Parallel(engine.workers, return_as="generator_unordered", batch_size=1)
+    run = joblib.Parallel(min(engine.workers, len(items)), return_as="generator_unordered", batch_size=1)
     yield from run(joblib.delayed(task)(item) for item in items)
 
 

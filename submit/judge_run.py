@@ -150,7 +150,8 @@ def _collect(progress: Progress, box: Box, ending: Ending, waiting: list[str]) -
     new = {name: record for name in waiting if (record := _read_record(box.answers / f"{name}.json"))}
     for name, record in new.items():
         answer, problem = record.get("answer"), record.get("problem")
-        progress.seconds[name] = float(record.get("seconds") or 0)
+        took = record.get("seconds")
+        progress.seconds[name] = float(took) if isinstance(took, (int, float)) else 0.0
         if problem is None and type(answer) is int and answer in (0, 1):
             progress.answers[name] = answer
         else:

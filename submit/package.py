@@ -65,6 +65,7 @@ def build_package(task: str, out: Path, choice: Choice = Choice(), *, tried: boo
     tried: import it once in a process that sees nothing else of ours. Errors: something lies at either path; an
     import without a module or a pinned version; a package above its limit.
     """
+    expect(out.name, "--out", "a new folder with a name", repr(str(out)))
     archive = out.with_name(out.name + ".zip")
     expect(not archive.exists(), archive, "a path where nothing lies yet", "an existing file")
     rule = rules(task)
@@ -229,8 +230,12 @@ def try_import(folder: Path, rule: Rules, python: str = sys.executable) -> None:
     program = ("import importlib, sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1]); "
                "[importlib.import_module(name) for name in sys.argv[2:]]")
     with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run([python, "-I", "-c", program, str(code.resolve()), *names], cwd=elsewhere,
-                              capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+        try:
+            done = subprocess.run([python, "-I", "-c", program, str(code.resolve()), *names], cwd=elsewhere,
+                                  capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{folder}: expected modules that can be imported in {IMPORT_SECONDS} s, found some that "
+                             "take longer") from None
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
     expect(done.returncode == 0, f"{folder}: {', '.join(names)}", "modules that can be imported alone", reason)
 

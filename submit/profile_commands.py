@@ -34,6 +34,7 @@ HERE = "here"
 GIB = 2**30
 BAR = 24  # columns of the longest bar
 IMAGES, CATEGORIES, QUERIES, CLASSES, CLEAN = 100, 10, 1000, 10, 100  # where nothing else is asked
+LEAST = {"retrieval": 1, "anomaly": 2, "backdoor": 3, "repair": 2}  # the smallest size there is
 SIZES = {"retrieval": "queries", "anomaly": "images", "backdoor": "classes", "repair": "images"}  # what may grow
 
 
@@ -93,7 +94,7 @@ def profile(asked: Asked, run: Path, *, command: str, as_json: bool) -> str:
     stages = stage_profiles(workload, samples, rates)
     seconds, peak, limit = whole(stages), peak_bytes(stages), _limit(asked.task)
     found = verdict(seconds, limit, peak, memory, planned=workload.planned)
-    fitting = largest(build, samples, rates, limit, memory, start=asked.size)
+    fitting = largest(build, samples, rates, limit, memory, start=asked.size, least=LEAST[asked.task])
     record = {"command": command, "task": asked.task, "workload": workload.title, "gpu": asked.target, "rates": basis,
               "stages": [stage.record() for stage in stages], "chart": [_bar(stage, stages) for stage in stages],
               "seconds": [seconds.low, seconds.high], "limit_s": limit, "peak_gib": peak / GIB,
@@ -153,7 +154,7 @@ def _print(asked: Asked, workload: Workload, stages: list[StageProfile], record:
     seconds = Range(*record["seconds"])
     sample_of = " a network" if workload.sample else ""
     out.print(f"{record['verdict']}: {_span(seconds)} s of {record['limit_s']:g} s{sample_of}, "
-              f"{record['peak_gib']:.1f} of {record['memory_gib']:.0f} GiB; largest that surely fits: "
+              f"{record['peak_gib']:.1f} of {record['memory_gib']:.0f} GiB; largest that surely fits: about "
               f"{record['largest_' + SIZES[asked.task]]} {SIZES[asked.task]}", style="bold")
     out.print(f"rates: {record['rates']}", style="dim")
     for note in record["notes"]:

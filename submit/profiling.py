@@ -39,6 +39,7 @@ class StageProfile:
     host: bool
     costs: Costs
     peak_bytes: float
+    weight_bytes: int
     here: float | None
     predicted: Range
 
@@ -60,7 +61,7 @@ def sample(workload: Workload, timed: Workload, device: torch.device, *, say: Ca
             place = Place(Path(folder), device)
             counting = Place(place.folder, torch.device("meta")) if stage.net else place
             counted = {} if stage.host else {n: count(stage.prepare(n, counting)) for n in stage.sizes}
-            seconds = _seconds(own, place, clock) if _may_be_timed(stage, counted, device) else None
+            seconds = _seconds(own, stage.sizes[-1], place, clock) if _may_be_timed(stage, counted, device) else None
         found[stage.name] = Sampled(counted, seconds)
     return found
 
@@ -70,9 +71,9 @@ def _may_be_timed(stage: Stage, counted: Mapping[int, Counted], device: torch.de
     return not stage.net or device.type == "cuda" or total(counted[stage.sizes[-1]].costs).flop < QUICK_FLOP
 
 
-def _seconds(stage: Stage, place: Place, clock: Callable[[], float]) -> float:
+def _seconds(stage: Stage, size: int, place: Place, clock: Callable[[], float]) -> float:
     """Of the largest sample: of its second run, unless the first is what users see."""
-    work = stage.prepare(stage.sizes[-1], place)
+    work = stage.prepare(size, place)
     if not stage.once:
         work()
     synchronize(place.device)
@@ -94,14 +95,15 @@ def _profile(stage: Stage, found: Sampled, rates: Rates) -> StageProfile:
     if found.seconds is not None:
         here = found.seconds * _growth(stage, found, costs)
     predicted = Range(HOST[0] * here, HOST[1] * here) if stage.host else rates.seconds(costs)
-    return StageProfile(stage.name, units, stage.host, costs, _peak(stage, found.counted), here, predicted)
+    return StageProfile(stage.name, units, stage.host, costs, _peak(stage, found.counted),
+                        stage.weight_bytes, here, predicted)
 
 
 def _growth(stage: Stage, found: Sampled, costs: Costs) -> float:
     """How many times the largest sample the whole is: by operations, else bytes, else units."""
     if stage.host:
         return stage.units * stage.times / stage.sizes[-1]
-    whole, part = total(costs), total(found.counted[stage.sizes[-1]].costs)
+    whole, part = total(costs), total(found.counted[max(found.counted)].costs)
     return whole.flop / part.flop if part.flop else whole.bytes / part.bytes
 
 
@@ -151,7 +153,8 @@ def whole(stages: list[StageProfile]) -> Range:
 
 
 def peak_bytes(stages: list[StageProfile]) -> float:
-    return max(stage.peak_bytes for stage in stages)
+    """Of the stage that takes most, and of all weights, which stay."""
+    return max(stage.peak_bytes for stage in stages) + sum(stage.weight_bytes for stage in stages)
 
 
 def verdict(seconds: Range, limit: float, peak: float, memory: float, *, planned: bool = False) -> str:
@@ -167,9 +170,12 @@ def verdict(seconds: Range, limit: float, peak: float, memory: float, *, planned
 
 
 def largest(build: Callable[[int], Workload], samples: Mapping[str, Sampled], rates: Rates, limit: float,
-            memory: float, *, start: int, most: int = 10**7) -> int:
-    """The largest size that surely fits (0: none does), by halving; costs are taken to grow with it."""
+            memory: float, *, start: int, least: int = 1, most: int = 10**7) -> int:
+    """About the largest size that surely fits, at least 99 % of it, by halving; 0: none from `least` on does. Costs
+    are taken to grow with the size."""
     def fits(n: int) -> bool:
+        if n < least:
+            return False
         stages = stage_profiles(build(n), samples, rates)
         return verdict(whole(stages), limit, peak_bytes(stages), memory) == FITS
 

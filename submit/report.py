@@ -80,7 +80,7 @@ def write_report(folders: Sequence[Path], out: Path, *, force: bool) -> Report:
     expect(force or not out.exists(), out, "a path where nothing lies yet (--force overwrites)", "an existing file")
     runs = [read_run(folder) for folder in folders]
     rows, limits, sections = [], [], []
-    room = PICTURES // max(1, sum(len(run.record["results"]) for run in runs if run.kind == "score"))
+    room = PICTURES // max(1, sum(len(found) for run in runs if isinstance(found := run.record.get("results"), list)))
     for run in runs:
         with reading(run):
             rows += _rows(run)

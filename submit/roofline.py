@@ -8,6 +8,7 @@ every prediction. Where this machine has a GPU of the table, its shares of peak 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ def gpu(key: str) -> Gpu:
 
 def gpu_called(device_name: str) -> Gpu | None:
     """The GPU of the table that a driver's device name means; None where none does."""
-    fitting = [found for found in gpus().values() if found.name in device_name]
+    words = re.split(r"[^A-Za-z0-9]+", device_name)
+    if "Laptop" in words:  # the same name, another chip
+        return None
+    fitting = [found for found in gpus().values() if set(found.name.split()) <= set(words)]
     return max(fitting, key=lambda found: len(found.name), default=None)
 
 
@@ -107,7 +111,7 @@ def carried_rates(measured: Rates, here: Gpu, target: Gpu) -> Rates:
 
 
 def _share(rate: Range, peak: float) -> Range:
-    return Range(CARRIED[0] * rate.low / peak, min(1.0, CARRIED[1] * rate.high / peak))
+    return Range(min(1.0, CARRIED[0] * rate.low / peak), min(1.0, CARRIED[1] * rate.high / peak))
 
 
 def _rates(target: Gpu, shares: Mapping[tuple[str, str], Range], memory: Range, launch: Range) -> Rates:

@@ -98,9 +98,12 @@ class Ending:
 
 
 def make_box(folder: Path, package: Path, access: Access) -> Box:
-    """A box with a copy of `package`, links as they are, and its output folders."""
+    """A box with a copy of `package`, links as they are, and its output folders, which are empty: what lies in them
+    was not written by this run."""
     box = Box(folder.resolve())
     shutil.copytree(package, box.package, symlinks=True)
+    for path in (box.package / name for name in access.output):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for path in (box.answers, box.scratch / "home", box.logs, *(box.package / name for name in access.output)):
         path.mkdir(parents=True, exist_ok=True)
     return box
@@ -188,11 +191,17 @@ def _ending(box: Box) -> Ending:
     outcome = json.loads((box.folder / "outcome.json").read_text(encoding="utf-8"))
     records = list(_records(box.logs / "events.jsonl"))
     events = [Event(r["kind"], r["what"], r["line"], r["denied"]) for r in records if r["kind"] != "start"]
-    with (box.logs / "stderr").open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
-        errors = file.read().decode("utf-8", "replace")
-    return Ending(**outcome, errors=errors, events=tuple(dict.fromkeys(events)),
+    return Ending(**outcome, errors=_last_output(box.logs / "stderr"), events=tuple(dict.fromkeys(events)),
                   watched=sum(r["kind"] == "start" for r in records))
+
+
+def _last_output(path: Path) -> str:
+    """The end of a log; nothing where the program has put something else in its place."""
+    if path.is_symlink() or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
+        return file.read().decode("utf-8", "replace")
 
 
 def _records(path: Path):
@@ -203,9 +212,9 @@ def _records(path: Path):
         for line in file:
             try:
                 record = json.loads(line)
-                if {"kind", "what", "line", "denied"} <= record.keys():
+                if all(isinstance(record[key], str) for key in ("kind", "what", "line")) and "denied" in record:
                     yield record
-            except (ValueError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
 
 

@@ -1,6 +1,8 @@
 """`package`, `check` and `run`: a submission made, looked through, and run as the judge does."""
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +61,7 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
     from submit.score_run import Outcome, finish_run
 
     use_rules(rules)
-    judge = Judge(best_tier(tier), str(python.absolute()) if python else sys.executable, seed)
+    judge = Judge(best_tier(tier), _interpreter(python), seed)
     expect(Path(judge.python).is_file(), "--python", "an interpreter", judge.python)
     with opened(path, task) as submission:
         task = submission.task
@@ -84,6 +86,12 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
         print(DEV_NOTE)
     print(plain(f"{path}: {task}, {broken} broken; record: {runs / 'record.json'}"))
     return broken
+
+
+def _interpreter(python: Path | None) -> str:
+    """The path of an interpreter: this one, or one by its path or by a name that the shell knows."""
+    found = shutil.which(str(python)) if python else None
+    return os.path.abspath(found) if found else str(python.absolute()) if python else sys.executable
 
 
 def result_lines(verdict: Verdict) -> list[str]:

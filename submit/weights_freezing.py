@@ -120,10 +120,15 @@ def read_frozen(folder: Path) -> dict[str, Any]:
     expect(file.is_file(), file, "the record of `weights freeze`", "no such file")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        for entry in record["weights"].values():
+        for name, entry in record["weights"].items():
             names = [*entry["files"], entry["folder"]]
-            expect(all(".." not in Path(name).parts and not Path(name).is_absolute() for name in names), file,
+            expect(all(".." not in Path(path).parts and not Path(path).is_absolute() for path in names), file,
                    "paths inside the folder", ", ".join(names))
+            sound = all(type(stated["bytes"]) is int and type(stated["sha256"]) is str
+                        for stated in entry["files"].values())
+            expect(sound and entry["files"] and type(entry["fingerprint"]) is str, f"{file} {name}",
+                   "its files with bytes and SHA-256, and a fingerprint", "something else")
+        expect(record["weights"], file, "weights", "none")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -142,6 +147,8 @@ def _faults(name: str, entry: Mapping[str, Any], folder: Path, registry: Mapping
     if name not in registry:
         return [f"{name}: expected weights of the registry, found none of that name"]
     weight = registry[name]
+    if weight.layout not in PREPROCESSING or entry["folder"] != weight.folder:
+        return [f"{name}: expected frozen weights in {weight.folder}, found {entry['folder']}"]
     faults = [fault for file, stated in entry["files"].items() if (fault := _file_fault(folder / file, stated))]
     present = {path.relative_to(folder).as_posix() for path in (folder / weight.folder).rglob("*") if path.is_file()}
     faults += [f"{folder / file}: expected only files of the record, found one more"

@@ -39,7 +39,7 @@ SIDE, CHANNELS = 32, 3      # of the images of a network that is judged
 SAMPLE_IMAGES, SAMPLE_TEXTS = 32, 512
 BLOCKS = (2, 3, 5)          # of images: the sizes at which the comparison is counted, quadratic in whole blocks
 NET_BATCH = 16              # images at once through the nets of the anomaly task
-JUDGED = 6                  # tunings of a repair: the mark, four ratios on the way to one of eleven, the repair itself
+JUDGED = 5                  # tunings of a repair before the last: the mark, and four ratios on the way to one of eleven
 RETRIEVAL_NETS = {"embedded": None, "report": "ViTamin-L-384"}
 
 
@@ -60,6 +60,7 @@ class Stage:
     prepare: Prepare
     times: int = 1
     kept_bytes: int = 0
+    weight_bytes: int = 0  # of its net, on the device all the time
     host: bool = False
     net: bool = False
     gradients: bool = False
@@ -91,6 +92,7 @@ def retrieval(preset: str, queries: int, half: bool) -> Workload:
     expect(preset in RETRIEVAL_NETS, "--preset", f"one of {', '.join(RETRIEVAL_NETS)} for retrieval", preset)
     config = _clip_config(RETRIEVAL_NETS[preset])
     side, context = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
+    weights = sum(p.numel() for p in _clip(config, torch.device("meta")).parameters())
 
     def embed_images(n: int, place: Place) -> Work:
         model, pixels = _clip(config, place.device), torch.empty(n, 3, side, side, device=place.device)
@@ -109,7 +111,8 @@ def retrieval(preset: str, queries: int, half: bool) -> Workload:
         _start("retrieval.predict"),
         Stage("read and resize", "images", 2 * queries, (SAMPLE_IMAGES,), _read_images((side, side)), host=True),
         Stage("parse the requests", "texts", queries, (SAMPLE_TEXTS,), parse_requests, host=True),
-        Stage("embed the images", "images", 2 * queries, (IMAGE_BLOCK,), embed_images, net=True),
+        Stage("embed the images", "images", 2 * queries, (IMAGE_BLOCK,), embed_images, net=True,
+              weight_bytes=4 * weights),
         Stage("embed the objects", "texts", NAMES * queries, (TEXT_BLOCK,), embed_texts, net=True)),
         notes=("single precision, as the kit's encoder runs",))
 
@@ -164,6 +167,7 @@ def _net_stages(config: object, scoring: object, images: int, categories: int, h
 
     with torch.device("meta"):
         shape = Backbone(config)
+    weights = sum(p.numel() for p in shape.parameters())
     patches, width, layers = shape.grid[0] * shape.grid[1], shape.net.num_features, len(config.layers)
     dtype = torch.float16 if half else torch.float32
 
@@ -183,7 +187,7 @@ def _net_stages(config: object, scoring: object, images: int, categories: int, h
     return [Stage(f"read for {name}", "images", images * categories, (SAMPLE_IMAGES,),
                   _read_images(config.size[::-1]), host=True),
             Stage(f"features, {name}", "images", images, (NET_BATCH,), features, times=categories, kept_bytes=kept,
-                  net=True),
+                  weight_bytes=4 * weights, net=True),
             Stage(f"compare, {name}", "images", images, tuple(k * side for k in BLOCKS), compare,
                   times=categories * layers, kept_bytes=kept + COPIES * patches * width * 4, adapts=True)]
 
@@ -237,7 +241,8 @@ def backdoor(classes: int, half: bool) -> Workload:
 
     reach = DetectorConfig().reach
     plan = Plan(reach.images, 1, reach.steps, reach.kept, len(reach.radii))
-    at_once = max(1, reach.block // (CHANNELS * SIDE * SIDE))
+    together = max(1, reach.block // (reach.images * CHANNELS * SIDE * SIDE))  # classes in one block
+    at_once = reach.images * min(together, classes, reach.kept)
     return Workload(f"one network of {classes} classes, {SIDE} x {SIDE}", (
         Stage("read the clean images", "images", 512, (SAMPLE_IMAGES,), _read_images((SIDE, SIDE)), host=True),
         Stage("search for perturbations", "images", round(plan.passes(classes)), (at_once,), _pass(classes, False),
@@ -248,13 +253,17 @@ def backdoor(classes: int, half: bool) -> Workload:
 
 def repair(images: int, classes: int, half: bool) -> Workload:
     """TSBD as `repair_model` does it: every tuning of the search for n, and the last."""
+    from defense.neuron_ratio import FEWEST
     from defense.repair import BATCH, shipped_config
+    from defense.tsbd import TUNING_STEP
 
-    tuning = shipped_config().tuning
-    passes = JUDGED * 2 * tuning.steps_of(images) * min(BATCH, images)
+    tuning, ratio = shipped_config().tuning, shipped_config().ratio
+    part = images - max(round(ratio.held_out * images), min(images // 2, 20))  # the others judge
+    tunings = [images] + (JUDGED * [part] if images >= 2 * FEWEST else [])
+    passes = sum(TUNING_STEP * tuning.epochs_of(n) * n for n in tunings)
     return Workload(f"repair of one network of {classes} classes with {images} clean images", (
         Stage("read the clean images", "images", images, (SAMPLE_IMAGES,), _read_images((SIDE, SIDE)), host=True),
-        Stage("tune", "images", passes, (min(BATCH, images),), _pass(classes, True), net=True,
+        Stage("tune", "images", passes, (BATCH,), _pass(classes, True), net=True,
               gradients=True)),
         sample=True, planned=True,
         notes=("a repair is given back by its deadline, whatever is done by then",

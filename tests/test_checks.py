@@ -210,6 +210,10 @@ def test_hidden_calls_in_pickles_are_named(package, tmp_path):
         assert found in breaches(folder)["weights"][0].found
 
 
+def test_a_description_of_no_model_is_left(package):
+    assert "models" not in breaches(package("backdoor", {"config.json": '{"architectures": 5}'}))
+
+
 def test_what_torch_and_numpy_save_is_no_breach(package):
     import numpy as np
 

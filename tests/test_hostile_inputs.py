@@ -161,6 +161,9 @@ INPUTS = {
         ["check", archive(f / "p.zip", ("main.py", b""), ("zeros", bytes(2 * 10**7)))],
         r"broken size zeros: 20000000 bytes in all"),
     "a link out of a submission": lambda f: (["check", linked(f)], r"secrets\.txt"),
+    "a record with a number for its results": lambda f: (
+        ((f / "a-score-b").mkdir(), (f / "a-score-b" / "record.json").write_text('{"results": 5}'),
+         ["report", f / "a-score-b"])[2], r"record\.json: expected"),
     "a record that is no record": lambda f: (
         ((f / "run").mkdir(), (f / "run" / "record.json").write_text("[" * 10**5), ["report", f / "run"])[2],
         r"record\.json: expected"),

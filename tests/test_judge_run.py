@@ -352,6 +352,14 @@ def test_reading_the_masks_breaks_the_rules(submission, parts, tmp_path):
     assert broken == [("reads the truth", f"src/score.py:12: {parts}/nut/ground_truth/crack/0.png")]
 
 
+def test_scores_that_lay_there_before_do_not_count(submission, parts, tmp_path):
+    folder = submission("", "#!/bin/sh\nexit 0\n")
+    shutil.copytree(parts, folder / "output_scores")
+    (folder / "output_scores" / "old_scores.json").write_text("{}")
+    _, broken = judged(folder, parts, tmp_path)
+    assert any(rule == "score" for rule, _ in broken)
+
+
 def test_missing_and_linked_scores_are_named(submission, parts, tmp_path):
     (tmp_path / "secret_scores.json").write_text("{}")
     program = SCORER + (f"import os\nos.remove('output_scores/nut/test/good/0_scores.json')\n"
@@ -404,10 +412,10 @@ def test_models_that_cannot_be_answered_are_named_and_the_others_are(tmp_path):
         "def backdoor_model_detector(model, num_classes, test_images_folder_address, transformation):\n"
         f"    which = {names!r}.index(Path(test_images_folder_address).parent.name)\n"
         "    if which == 1:\n        open('main.py').read()\n        raise RuntimeError('no idea')\n"
-        "    return 2 if which == 2 else int(model.training)\n")
+        "    import numpy\n    return numpy.array([0, 1]) if which == 2 else int(model.training)\n")
     found, broken = judged(folder, zoo, tmp_path, "backdoor")
     assert ("answers", f"{names[1]}: main.py:8: RuntimeError: no idea") in broken
-    assert ("answers", f"{names[2]}: returned 2, neither 0 nor 1") in broken
+    assert ("answers", f"{names[2]}: returned array([0, 1]), neither 0 nor 1") in broken
     assert found.result.n == 1 and {rule for rule, _ in broken} == {"answers", "score"}
     value = float(next(text for rule, text in broken if rule == "score").split("% ")[1].split()[0])
     assert value == pytest.approx(found.result.value, abs=0.01) and value in (0, pytest.approx(100 / 3, abs=0.01))

@@ -101,6 +101,12 @@ def test_zips_keep_order_time_and_permissions(tmp_path):
         ("a.sh", 1980, "-rwxr-xr-x"), ("b.py", 1980, "-rw-r--r--")]
 
 
+def test_a_package_needs_a_name(refuses):
+    for out in (".", ""):
+        with refuses("--out: expected a new folder with a name, found '.'"):
+            build_package("backdoor", Path(out))
+
+
 def test_nothing_is_overwritten(tmp_path, refuses, capsys):
     (tmp_path / "here").mkdir()
     with refuses(r"here: expected a path where nothing lies yet, found an existing file or folder"):

@@ -43,7 +43,10 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones(refuses):
 
 
 @pytest.mark.parametrize(("name", "key"), [("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H200", "h200"),
-                                           ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce GTX 980", None)])
+                                           ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce GTX 980", None),
+                                           ("NVIDIA L40S", None), ("T400 4GB", None), ("NVIDIA L4", "l4"),
+                                           ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+                                           ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GH200 480GB", None)])
 def test_a_driver_name_means_a_gpu_of_the_table(name, key):
     found = gpu_called(name)
     assert (found.key if found else None) == key

@@ -256,6 +256,9 @@ def test_a_frozen_text_encoder_is_read_by_the_kit(hub, tmp_path):
     (None, "frozen.json: expected the record of `weights freeze`, found no such file"),
     ("[]", "frozen.json: expected the record of `weights freeze`, found TypeError"),
     ('{"weights": {"a": {"files": {"../b": {}}, "folder": "a"}}}', "expected paths inside the folder, found ../b"),
+    ('{"weights": {}}', "frozen.json: expected weights, found none"),
+    ('{"weights": {"a": {"files": {}, "folder": "a", "fingerprint": "f"}}}', "frozen.json a: expected its files with"),
+    ('{"weights": {"a": {"files": {"a/b": 5}, "folder": "a"}}}', "expected the record of `weights freeze`, found T"),
 ])
 def test_broken_records_are_refused(tmp_path, refuses, content, message):
     if content:

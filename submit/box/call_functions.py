@@ -3,7 +3,9 @@
 `python call_functions.py SPEC`, in the package's folder. SPEC: JSON with the task, what is given, and where answers go.
 """
 import importlib
+import io
 import json
+import operator
 import os
 import pickle
 import sys
@@ -83,10 +85,25 @@ def backdoor(spec):
             transformation = pickle.load(file)  # written by the kit from one that it has checked
         answer, record = sample(spec, given["name"], lambda given=given, model=model, transformation=transformation:
                                 detect(model, given["num_classes"], given["images"], transformation))
-        whole = isinstance(answer, int) or (type(answer).__module__ == "numpy" and hasattr(answer, "__index__"))
-        record["answer"] = int(answer) if whole else None
-        record["shown"] = repr(answer)[:80]
+        record["answer"], record["shown"] = whole_number(answer), shown(answer)
         report(spec, given["name"], record)
+
+
+def whole_number(answer):
+    """0, 1 or another small number as int; None for what is none."""
+    numeric = isinstance(answer, int) or type(answer).__module__ == "numpy"
+    try:
+        return int(answer) if numeric and abs(operator.index(answer)) < 2**31 else None
+    except Exception:
+        return None
+
+
+def shown(answer):
+    """The start of how an answer prints, on one line."""
+    try:
+        return " ".join(repr(answer)[:80].split())
+    except Exception:
+        return "what cannot be printed"
 
 
 def network_builder(own):
@@ -111,11 +128,18 @@ def retrieval(spec):
         return
     for side, function in sides.items():
         frame = pd.DataFrame(spec["given"][side])
-        answer, record = sample(spec, function, lambda f=function, frame=frame: getattr(package, f)(frame))
+        answer, record = sample(spec, function,
+                                lambda f=function, frame=frame: saved(np, np.asarray(getattr(package, f)(frame))))
         if record["problem"] is None:
-            with open(os.path.join(spec["answers"], side + ".npy"), "wb") as file:
-                np.save(file, np.asarray(answer), allow_pickle=False)
+            write(os.path.join(spec["answers"], side + ".npy"), answer)
         report(spec, function, record)
+
+
+def saved(np, array):
+    """The array as the bytes of a file; refused where it holds objects."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":
