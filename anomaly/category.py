@@ -70,7 +70,7 @@ def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, 
     if masks is not None:
         return category_scores(joined[0], joined[-1], replace(config, foreground="on"),
                                fitted_masks(masks, len(paths), (SIDE, SIDE)))
-    hidden = None if config.foreground == "off" else _backgrounds(paths)
+    hidden = None if config.foreground == "off" else backgrounds(paths)
     return category_scores(joined[0], joined[-1], config, hidden)
 
 
@@ -141,7 +141,7 @@ def _bytes_an_image(net: Backbone, config: MuscConfig) -> int:
     return 3 * layout.canvas[0] * layout.canvas[1] + 4 * layers * patches * net.net.num_features
 
 
-def _backgrounds(paths: Sequence[Path | str]) -> Tensor:
+def backgrounds(paths: Sequence[Path | str]) -> Tensor:
     """(N, 224, 224) bool, True = background by colour, of the images at the size of the maps."""
     found = []
     with ThreadPoolExecutor() as pool:

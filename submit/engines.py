@@ -22,6 +22,7 @@ from data.errors import InputError, expect
 ENGINES = ("local", "ray", "slurm")
 KIT = "KIT_"        # variables that predict functions go by; workers elsewhere get them handed over
 LOST_WORKERS = 3    # times that workers may die before the run gives up: work that kills them would go on for ever
+ROUND = 4           # pieces a worker of Ray's before results are taken in
 MINUTES = 24 * 60   # a job of Slurm's at most
 
 
@@ -112,7 +113,9 @@ def _ray(task: Callable, items: list, engine: Engine) -> Iterator[tuple[int, Any
     on_gpus = os.environ.get(VARIABLE, "auto") != "cpu" and gpus > 0
     workers = min(engine.workers, gpus) if on_gpus else engine.workers  # more would wait for a GPU for ever
     with joblib.parallel_config("ray", n_jobs=workers, ray_remote_args={"num_gpus": 1} if on_gpus else {}):
-        yield from joblib.Parallel(batch_size=1)(joblib.delayed(task)(item) for item in items)
+        for start in range(0, len(items), ROUND * workers):  # Ray's backend hands nothing in before a call is done
+            part = items[start:start + ROUND * workers]
+            yield from joblib.Parallel(batch_size=1)(joblib.delayed(task)(item) for item in part)
 
 
 def _join_ray(ray: Any, workers: int) -> None:
@@ -131,8 +134,14 @@ def _slurm(task: Callable, items: list, engine: Engine, *, cluster: str = "slurm
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(timeout_min=MINUTES, slurm_array_parallelism=engine.workers,
                                gpus_per_node=int(os.environ.get(VARIABLE, "auto").startswith("cuda")))
-    for job in submitit.helpers.as_completed(executor.map_array(task, items), poll_frequency=1):
-        yield job.result()
+    jobs = executor.map_array(task, items)
+    try:
+        for job in submitit.helpers.as_completed(jobs, poll_frequency=1):
+            yield job.result()
+    finally:  # also where the run is interrupted: no job goes on writing
+        for job in jobs:
+            if not job.done():
+                job.cancel()
 
 
 RUNNERS = {"local": _local, "ray": _ray, "slurm": _slurm}
@@ -154,6 +163,12 @@ def _dying() -> tuple[type[Exception], ...]:
         from ray.exceptions import ActorDiedError, RayActorError, WorkerCrashedError
 
         kinds += [ActorDiedError, RayActorError, WorkerCrashedError]
+    except ImportError:
+        pass
+    try:
+        from submitit.core.utils import UncompletedJobError
+
+        kinds.append(UncompletedJobError)
     except ImportError:
         pass
     return tuple(kinds)

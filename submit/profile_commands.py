@@ -1,6 +1,7 @@
 """`profile`: time and memory of a task by stage, here and on a GPU that one does not have, against the limit."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,17 +93,28 @@ def profile(asked: Asked, run: Path, *, command: str, as_json: bool) -> str:
                          say=lambda stage: bar(f"profile: {stage}", next(done), len(workload.stages)))
         rates, basis = _rates(asked)
     stages = stage_profiles(workload, samples, rates)
-    seconds, peak, limit = whole(stages), peak_bytes(stages), _limit(asked.task)
+    seconds, peak, limit = whole(stages), peak_bytes(stages, memory), _limit(asked.task)
     found = verdict(seconds, limit, peak, memory, planned=workload.planned)
+    notes = [*workload.notes, *_group_notes(workload, memory)]
     fitting = largest(build, samples, rates, limit, memory, start=asked.size, least=LEAST[asked.task])
     record = {"command": command, "task": asked.task, "workload": workload.title, "gpu": asked.target, "rates": basis,
               "stages": [stage.record() for stage in stages], "chart": [_bar(stage, stages) for stage in stages],
               "seconds": [seconds.low, seconds.high], "limit_s": limit, "peak_gib": peak / GIB,
               "memory_gib": memory / GIB, "verdict": found, f"largest_{SIZES[asked.task]}": fitting,
-              "notes": list(workload.notes), "environment": environment()}
+              "notes": notes, "environment": environment()}
     write_json(run / "record.json", record)
     print_record(record) if as_json else _print(asked, workload, stages, record, run / "record.json")
     return found
+
+
+def _group_notes(workload: Workload, memory: float) -> list[str]:
+    """That images would score each other in groups, as the features of all do not fit."""
+    from anomaly.category import FREE_SHARE
+
+    held = max((stage.kept_bytes * stage.units for stage in workload.stages if stage.adapts), default=0)
+    groups = math.ceil(held / (FREE_SHARE * memory))
+    return [f"the features of all images do not fit: they would score each other in about {groups} groups, which takes "
+            f"less time than all together, as counted here, and loses some accuracy"] if groups > 1 else []
 
 
 def broken(found: str) -> bool:

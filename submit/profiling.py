@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,6 +40,7 @@ class StageProfile:
     costs: Costs
     peak_bytes: float
     weight_bytes: int
+    adapts: bool
     here: float | None
     predicted: Range
 
@@ -96,7 +97,7 @@ def _profile(stage: Stage, found: Sampled, rates: Rates) -> StageProfile:
         here = found.seconds * _growth(stage, found, costs)
     predicted = Range(HOST[0] * here, HOST[1] * here) if stage.host else rates.seconds(costs)
     return StageProfile(stage.name, units, stage.host, costs, _peak(stage, found.counted),
-                        stage.weight_bytes, here, predicted)
+                        stage.weight_bytes, stage.adapts, here, predicted)
 
 
 def _growth(stage: Stage, found: Sampled, costs: Costs) -> float:
@@ -152,9 +153,11 @@ def whole(stages: list[StageProfile]) -> Range:
                  sum(r.high for r in host) + sum(r.high for r in device))
 
 
-def peak_bytes(stages: list[StageProfile]) -> float:
-    """Of the stage that takes most, and of all weights, which stay."""
-    return max(stage.peak_bytes for stage in stages) + sum(stage.weight_bytes for stage in stages)
+def peak_bytes(stages: list[StageProfile], memory: float = inf) -> float:
+    """Of the stage that takes most, and of all weights, which stay. A stage that adapts takes what there is at most."""
+    weights = sum(stage.weight_bytes for stage in stages)
+    return weights + max(min(stage.peak_bytes, max(0.0, memory - weights)) if stage.adapts else stage.peak_bytes
+                         for stage in stages)
 
 
 def verdict(seconds: Range, limit: float, peak: float, memory: float, *, planned: bool = False) -> str:
@@ -177,7 +180,7 @@ def largest(build: Callable[[int], Workload], samples: Mapping[str, Sampled], ra
         if n < least:
             return False
         stages = stage_profiles(build(n), samples, rates)
-        return verdict(whole(stages), limit, peak_bytes(stages), memory) == FITS
+        return verdict(whole(stages), limit, peak_bytes(stages, memory), memory) == FITS
 
     low, high = (start, most) if fits(start) else (0, start)
     while high - low > max(1, low // 100):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -148,9 +148,15 @@ def anomaly(preset: str, images: int, categories: int, half: bool) -> Workload:
     configs = [chosen.for_maps or own]
     if chosen.for_images not in (None, chosen.for_maps):
         configs.append(chosen.for_images)
-    stages = [_start("anomaly.predict")]
-    for config in configs:
-        stages += _net_stages(config, chosen.scoring, images, categories, half)
+    files = images * categories
+    stages = [_start("anomaly.predict"),
+              Stage("read and resize", "images", files, (SAMPLE_IMAGES,),
+                    _read_images(*(config.size[::-1] for config in configs)), host=True)]
+    if chosen.scoring.foreground != "off":
+        stages.append(Stage("tell the background", "images", files, (SAMPLE_IMAGES,), _background, host=True))
+    nets = [stage for config in configs for stage in _net_stages(config, chosen.scoring, images, categories, half)]
+    held = sum(stage.kept_bytes for stage in nets if stage.adapts)  # features of all nets lie there at once
+    stages += [replace(stage, kept_bytes=held) if stage.adapts else stage for stage in nets]
     stages += [Stage("maps and image scores", "images", images, (SAMPLE_IMAGES,),
                      _finish(configs, chosen.scoring), times=categories),
                Stage("write the score files", "images", images * categories, (SAMPLE_IMAGES,), _write, host=True)]
@@ -160,7 +166,7 @@ def anomaly(preset: str, images: int, categories: int, half: bool) -> Workload:
 
 
 def _net_stages(config: object, scoring: object, images: int, categories: int, half: bool) -> list[Stage]:
-    """Reading for one net, its features, and the comparison of all images by them, layer by layer."""
+    """The features of one net, and the comparison of all images by them, layer by layer."""
     from anomaly.backbone import Backbone
     from anomaly.category import COPIES
     from anomaly.mutual_scoring import CPU_BYTES, block_side
@@ -184,9 +190,7 @@ def _net_stages(config: object, scoring: object, images: int, categories: int, h
 
     name, side = config.architecture, block_side(patches, dtype.itemsize, CPU_BYTES)
     kept = layers * patches * width * dtype.itemsize
-    return [Stage(f"read for {name}", "images", images * categories, (SAMPLE_IMAGES,),
-                  _read_images(config.size[::-1]), host=True),
-            Stage(f"features, {name}", "images", images, (NET_BATCH,), features, times=categories, kept_bytes=kept,
+    return [Stage(f"features, {name}", "images", images, (NET_BATCH,), features, times=categories, kept_bytes=kept,
                   weight_bytes=4 * weights, net=True),
             Stage(f"compare, {name}", "images", images, tuple(k * side for k in BLOCKS), compare,
                   times=categories * layers, kept_bytes=kept + COPIES * patches * width * 4, adapts=True)]
@@ -194,8 +198,6 @@ def _net_stages(config: object, scoring: object, images: int, categories: int, h
 
 def _comparison(scoring: object, grid: tuple[int, int], layer: Tensor, half: bool) -> Work:
     """Of one layer in all neighbourhoods, by the pipeline's own code."""
-    from dataclasses import replace
-
     from anomaly.backbone import Features
     from anomaly.pipeline import feature_scores
 
@@ -220,6 +222,14 @@ def _finish(configs: list, scoring: object) -> Prepare:
         return lambda: category_scores(found, found, scoring, hidden)
 
     return prepare
+
+
+def _background(n: int, place: Place) -> Work:
+    """By colour; reads every file again."""
+    from anomaly.category import backgrounds
+
+    paths = _photographs(n, place)
+    return lambda: backgrounds(paths)
 
 
 def _write(n: int, place: Place) -> Work:
@@ -301,21 +311,30 @@ def _start(module: str) -> Stage:
     return Stage("start Python", "starts", 1, (1,), prepare, host=True, once=True)
 
 
-def _read_images(size: tuple[int, int]) -> Prepare:
-    """Decoding and resizing in threads, as the tasks do it."""
+def _read_images(*sizes: tuple[int, int]) -> Prepare:
+    """Decoding once and resizing to every size, in threads, as the tasks do it."""
     from data.images import read_rgb
 
+    def read(path: Path) -> list:
+        image = read_rgb(path)
+        return [np.asarray(image.resize(size)) for size in sizes]
+
     def prepare(n: int, place: Place) -> Work:
-        paths = [place.folder / f"{i}.jpg" for i in range(n)]
-        noise = np.random.default_rng(0).integers(0, 256, (SIZE[1] // 8, SIZE[0] // 8, 3), dtype=np.uint8)
-        for path in paths:
-            Image.fromarray(noise).resize(SIZE).save(path)
+        paths = _photographs(n, place)
 
         def work() -> None:
             with ThreadPoolExecutor() as pool:
-                for _ in pool.map(lambda path: np.asarray(read_rgb(path).resize(size)), paths):
+                for _ in pool.map(read, paths):
                     pass
 
         return work
 
     return prepare
+
+
+def _photographs(n: int, place: Place) -> list[Path]:
+    paths = [place.folder / f"{i}.jpg" for i in range(n)]
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE[1] // 8, SIZE[0] // 8, 3), dtype=np.uint8)
+    for path in paths:
+        Image.fromarray(noise).resize(SIZE).save(path)
+    return paths

@@ -153,6 +153,8 @@ def test_weights_and_the_largest_stage_share_the_memory():
     samples = {"work": Sampled({2: counted(1, peak=10)}, 1.0)}
     found = stage_profiles(Workload("", (stage(4, weight_bytes=100),)), samples, RATES)
     assert peak_bytes(found) == 20 + 100
+    (found,) = stage_profiles(Workload("", (stage(4, weight_bytes=100, adapts=True, kept_bytes=50),)), samples, RATES)
+    assert peak_bytes([found]) == 300 and peak_bytes([found], 250) == 250 and peak_bytes([found], 80) == 100
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
