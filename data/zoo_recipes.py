@@ -5,7 +5,6 @@ clean models and for adversarially trained ones, clean and backdoored. `jobs` sp
 """
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,12 +13,8 @@ from typing import Any
 
 from data.attacks import attack_config
 from data.errors import InputError, expect
+from data.toml_files import read_toml
 from data.victims import VictimConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).with_name("recipes")
 BUILT_IN = ("tiny", "cpu", "contest")
@@ -104,10 +99,10 @@ def read_recipe(name: str) -> Recipe:
     """A built-in recipe by name, or the TOML file `name`. Unknown keys and wrong values are named."""
     path = FOLDER / f"{name}.toml" if name in BUILT_IN else Path(name)
     expect(path.is_file(), "recipe", f"a TOML file or one of {', '.join(BUILT_IN)}", name)
+    content = read_toml(path, "a recipe")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
         return _recipe(content)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
+    except TypeError as error:
         raise InputError(f"{path}: expected a recipe, found {error}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,12 +16,8 @@ from itertools import product
 from pathlib import Path
 
 from data.errors import expect
+from data.toml_files import read_toml
 from submit.op_costs import ATTENTION, CONVOLUTION, DOUBLE, HALF, MATMUL, MEMORY, SINGLE, Cost, Costs
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 COMPUTING, PRECISIONS = (MATMUL, CONVOLUTION, ATTENTION), (HALF, SINGLE, DOUBLE)
 TABLE = Path(__file__).with_name("gpus.toml")
@@ -79,7 +74,7 @@ class Rates:
 @cache
 def gpus() -> Mapping[str, Gpu]:
     """Every GPU of the table by its key."""
-    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    table = read_toml(TABLE)
     return {key: Gpu(key, row["name"], row["memory"], row["bandwidth"],
                      {name: row[name] for name in (*PRECISIONS, "tf32")}) for key, row in table.items()}
 

@@ -5,17 +5,12 @@ Another contest on the same tasks is another folder of such files (`--rules DIR`
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
-from data.errors import InputError, expect
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from data.errors import expect
+from data.toml_files import read_toml
 
 FOLDER = Path(__file__).with_name("rules")
 VARIABLE = "KIT_RULES"  # set by --rules
@@ -88,10 +83,7 @@ def rules(task: str) -> Rules:
 def read_rules(path: Path) -> Rules:
     """The rules in one file. A missing file, a missing or unknown key and a value of another kind are named."""
     expect(path.is_file(), path, "the rules of a task", "no such file")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected TOML, found {error}") from None
+    content = read_toml(path)
     parts = {"limits": Limits, "package": PackageRules}
     for name, kind in parts.items():
         if name in content:

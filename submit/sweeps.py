@@ -6,7 +6,6 @@ defense; its key is the row's name, `method` the defense where that is another, 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,17 +15,13 @@ import torch
 
 from data.errors import InputError, expect
 from data.model_zoo import ZooModel
+from data.toml_files import read_toml
 from data.zoo_building import build_zoo
 from data.zoo_recipes import BUILT_IN, Recipe, jobs, read_recipe
 from defense.defenses import defense_config
 from submit.defense_runs import Plan
 from submit.zoo_commands import read_set
 from submit.zoo_victims import backdoored_samples
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 METRICS = ("ACC", "ASR", "RA", "DER")
 NONE = "no defense"
@@ -68,16 +63,14 @@ def _method(label: str, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def read_sweep(path: Path) -> Sweep:
     """The sweep in the TOML file `path`; `victims` is a built-in recipe or a file, relative to `path`'s folder."""
     expect(path.is_file(), "sweep", "a TOML file as in defense/sweeps", path)
+    content = read_toml(path, "a sweep")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
         known = [part.name for part in fields(Sweep)]
         for key in content:
             expect(key in known, "sweep", f"some of {', '.join(known)}", key)
         lists = {key: tuple(_typed(content, key, list)) for key in ("clean", "seeds") if key in content}
         return Sweep(_victims(_typed(content, "victims", str), path.parent), _typed(content, "defenses", dict),
                      **lists)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a sweep, found {error}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -10,11 +9,7 @@ from typing import Any
 
 from data.errors import InputError, expect
 from data.files import fingerprint
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from data.toml_files import read_toml
 
 REGISTRY = Path(__file__).with_name("weights.toml")
 EMBEDDED = "embedded"
@@ -48,10 +43,7 @@ class Weight:
 
 def read_registry(path: Path = REGISTRY) -> dict[str, Weight]:
     """Every entry by its name, strictly: known keys only, none missing, safe paths."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected TOML, found {error}") from None
+    content = read_toml(path)
     return {name: _entry(name, table, f"{path} [{name}]") for name, table in content.items()}
 
 
