@@ -110,12 +110,6 @@ def scaled(costs: Costs, factor: float) -> Costs:
     return {key: factor * cost for key, cost in costs.items()}
 
 
-def added(*parts: Costs) -> Costs:
-    """Key by key."""
-    keys = dict.fromkeys(key for part in parts for key in part)
-    return {key: sum((part[key] for part in parts if key in part), Cost()) for key in keys}
-
-
 class _Counter(TorchDispatchMode):
     """Adds up every operator that is dispatched while it is active."""
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def retrieval(preset: str, queries: int, half: bool) -> Workload:
     expect(preset in RETRIEVAL_NETS, "--preset", f"one of {', '.join(RETRIEVAL_NETS)} for retrieval", preset)
     config = _clip_config(RETRIEVAL_NETS[preset])
     side, context = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
-    weights = sum(p.numel() for p in _clip(config, torch.device("meta")).parameters())
+    weights = _clip_weights(RETRIEVAL_NETS[preset])
 
     def embed_images(n: int, place: Place) -> Work:
         model, pixels = _clip(config, place.device), torch.empty(n, 3, side, side, device=place.device)
@@ -127,6 +128,12 @@ def _clip_config(name: str | None) -> dict:
     return json.loads((EMBEDDED / "config.json").read_text(encoding="utf-8"))["model_cfg"]
 
 
+@cache
+def _clip_weights(name: str | None) -> int:
+    """Their number."""
+    return sum(p.numel() for p in _clip(_clip_config(name), torch.device("meta")).parameters())
+
+
 def _clip(config: dict, device: torch.device) -> nn.Module:
     from retrieval.encoder import build_model
 
@@ -138,43 +145,62 @@ def _clip(config: dict, device: torch.device) -> nn.Module:
 
 def anomaly(preset: str, images: int, categories: int, half: bool) -> Workload:
     """`categories` categories of `images` images each. half: 16-bit nets and comparison, as on GPUs."""
-    from anomaly.backbone import load_backbone
     from anomaly.presets import PRESETS
 
     expect(preset in PRESETS, "--preset", f"one of {', '.join(PRESETS)} for anomaly", preset)
     expect(images >= 2, "--images", ">= 2 of a category", images)
-    chosen = PRESETS[preset]
-    own = load_backbone().config if chosen.for_maps is None else None
-    configs = [chosen.for_maps or own]
-    if chosen.for_images not in (None, chosen.for_maps):
-        configs.append(chosen.for_images)
+    chosen, shapes = PRESETS[preset], _net_shapes(preset)
     files = images * categories
     stages = [_start("anomaly.predict"),
               Stage("read and resize", "images", files, (SAMPLE_IMAGES,),
-                    _read_images(*(config.size[::-1] for config in configs)), host=True)]
+                    _read_images(*(shape.config.size[::-1] for shape in shapes)), host=True)]
     if chosen.scoring.foreground != "off":
         stages.append(Stage("tell the background", "images", files, (SAMPLE_IMAGES,), _background, host=True))
-    nets = [stage for config in configs for stage in _net_stages(config, chosen.scoring, images, categories, half)]
+    nets = [stage for shape in shapes for stage in _net_stages(shape, chosen.scoring, images, categories, half)]
     held = sum(stage.kept_bytes for stage in nets if stage.adapts)  # features of all nets lie there at once
     stages += [replace(stage, kept_bytes=held) if stage.adapts else stage for stage in nets]
     stages += [Stage("maps and image scores", "images", images, (SAMPLE_IMAGES,),
-                     _finish(configs, chosen.scoring), times=categories),
+                     _finish(shapes[0], chosen.scoring), times=categories),
                Stage("write the score files", "images", images * categories, (SAMPLE_IMAGES,), _write, host=True)]
     return Workload(f"anomaly, {preset}, {categories} categories of {images} images", tuple(stages),
                     notes=("compared in bands of the free memory; where the features do not fit, in groups",
                            "the organizers' evaluation, which shares the limit, is not part of it"))
 
 
-def _net_stages(config: object, scoring: object, images: int, categories: int, half: bool) -> list[Stage]:
+@dataclass(frozen=True)
+class _NetShape:
+    """Of a net for patch features, without its weights. width: of a feature; weights: their number."""
+
+    config: object
+    grid: tuple[int, int]
+    width: int
+    weights: int
+
+
+@cache
+def _net_shapes(preset: str) -> tuple[_NetShape, ...]:
+    """Of the nets of a preset, that for maps first."""
+    from anomaly.backbone import Backbone, load_backbone
+    from anomaly.presets import PRESETS
+
+    chosen = PRESETS[preset]
+    configs = [chosen.for_maps or load_backbone().config]
+    if chosen.for_images not in (None, chosen.for_maps):
+        configs.append(chosen.for_images)
+    with torch.device("meta"):
+        nets = [Backbone(config) for config in configs]
+    return tuple(_NetShape(net.config, net.grid, net.net.num_features, sum(p.numel() for p in net.parameters()))
+                 for net in nets)
+
+
+def _net_stages(shape: _NetShape, scoring: object, images: int, categories: int, half: bool) -> list[Stage]:
     """The features of one net, and the comparison of all images by them, layer by layer."""
     from anomaly.backbone import Backbone
     from anomaly.category import COPIES
     from anomaly.mutual_scoring import CPU_BYTES, block_side
 
-    with torch.device("meta"):
-        shape = Backbone(config)
-    weights = sum(p.numel() for p in shape.parameters())
-    patches, width, layers = shape.grid[0] * shape.grid[1], shape.net.num_features, len(config.layers)
+    config, width = shape.config, shape.width
+    patches, layers = shape.grid[0] * shape.grid[1], len(config.layers)
     dtype = torch.float16 if half else torch.float32
 
     def features(n: int, place: Place) -> Work:
@@ -191,7 +217,7 @@ def _net_stages(config: object, scoring: object, images: int, categories: int, h
     name, side = config.architecture, block_side(patches, dtype.itemsize, CPU_BYTES)
     kept = layers * patches * width * dtype.itemsize
     return [Stage(f"features, {name}", "images", images, (NET_BATCH,), features, times=categories, kept_bytes=kept,
-                  weight_bytes=4 * weights, net=True),
+                  weight_bytes=4 * shape.weights, net=True),
             Stage(f"compare, {name}", "images", images, tuple(k * side for k in BLOCKS), compare,
                   times=categories * layers, kept_bytes=kept + COPIES * patches * width * 4, adapts=True)]
 
@@ -205,19 +231,17 @@ def _comparison(scoring: object, grid: tuple[int, int], layer: Tensor, half: boo
     return lambda: feature_scores(Features((layer,), grid, None), config)
 
 
-def _finish(configs: list, scoring: object) -> Prepare:
+def _finish(shape: _NetShape, scoring: object) -> Prepare:
     """What follows the patch scores: image scores, maps, background, calibration."""
-    from anomaly.backbone import Backbone
     from anomaly.pipeline import PatchScores, category_scores
     from data.anomaly_tree import SIDE as MAP
 
-    with torch.device("meta"):
-        grid = Backbone(configs[0]).grid
+    grid = shape.grid
 
     def prepare(n: int, place: Place) -> Work:
         generator = torch.Generator().manual_seed(n)
         scores = torch.rand(n, grid[0] * grid[1], generator=generator).to(place.device)
-        found = PatchScores(scores, grid, configs[0].size, None)
+        found = PatchScores(scores, grid, shape.config.size, None)
         hidden = torch.rand(n, MAP, MAP, generator=generator) < 0.5 if scoring.foreground != "off" else None
         return lambda: category_scores(found, found, scoring, hidden)
 
