@@ -1,10 +1,14 @@
 """What the tests of the defenses share: a small model and its images, an augmentation that spoils images, and a clock
 that moves when looked at."""
+import copy
+
 import torch
 from torch import nn
 
 from data.preact_resnet import new_model
-from defense.training import epoch_batches
+from defense.baseline import clean_accuracy
+from defense.defenses import DEFENSES
+from defense.training import Shift, epoch_batches
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()  # rounding would grow by steps
 LABELS = torch.arange(12) % 3
@@ -38,6 +42,36 @@ def assert_close(a, b):
 
 def is_finite(model):
     return all(t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point())
+
+
+def defended_by(settings):
+    """A function that runs a defense by its name, with its `settings` unless a config is given."""
+    def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
+        return DEFENSES[name][0].defend(a_model() if model is None else model, images, labels,
+                                        config or settings[name], generator=drawn(seed), **more)
+
+    return defended
+
+
+def assert_model_stays_and_seeds_decide(name, defended):
+    """What every defense owes: nothing of the caller's changes, equal seeds give equal models, the record is true."""
+    model = a_model().float()
+    frozen = next(model.parameters()).requires_grad_(False)
+    model.layer1.train()
+    before, generators = copy.deepcopy(model), torch.get_rng_state()
+    with torch.no_grad():
+        found = defended(name, model, augment=Shift(1))
+    again = defended(name, model, augment=Shift(1))
+    assert same(model, before) and torch.equal(torch.get_rng_state(), generators) and not frozen.requires_grad
+    assert found.method == name and found.finite and found.complete and not found.failed
+    assert same(found.model, again.model) and found.losses == again.losses
+    assert is_finite(found.model) and not same(found.model, before)
+    assert not next(found.model.parameters()).requires_grad and found.model.layer1.training
+    assert not found.model.training and not found.model.layer2.training
+    assert not any(module._forward_hooks for net in (model, found.model) for module in net.modules())
+    record = found.record()
+    assert record["clean_accuracy"] == clean_accuracy(before, IMAGES.float(), LABELS)
+    assert record["clean_accuracy_repaired"] == clean_accuracy(found.model, IMAGES.float(), LABELS)
 
 
 def batches(epochs, batch, generator):

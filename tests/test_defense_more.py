@@ -31,7 +31,7 @@ from defense.shared_unlearning import (
     shared_perturbation,
     shared_risk,
 )
-from defense.training import Shift, Training, epoch_batches, predicted_classes
+from defense.training import Training, epoch_batches, predicted_classes
 from defense.unlearning import UnlearningConfig
 from tests.defense_doubles import (
     IMAGES,
@@ -39,6 +39,8 @@ from tests.defense_doubles import (
     Clock,
     a_model,
     assert_close,
+    assert_model_stays_and_seeds_decide,
+    defended_by,
     drawn,
     is_finite,
     nan_from,
@@ -62,9 +64,7 @@ SLOW = {"i-bau": {"rounds": 10**6, "batch": 6},
         "fmp": {"images": 4, "tuning": {"epochs": 10**6, "batch": 6}}}
 
 
-def defended(name, model=None, config=None, seed=0, images=IMAGES, labels=LABELS, **more):
-    return DEFENSES[name][0].defend(a_model() if model is None else model, images, labels, config or QUICK[name],
-                                    generator=drawn(seed), **more)
+defended = defended_by(QUICK)
 
 
 def a_transformer():
@@ -80,21 +80,7 @@ def a_transformer():
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_given_model_stays_and_seeds_decide(name):
-    model = a_model().float()
-    frozen = next(model.parameters()).requires_grad_(False)
-    model.layer1.train()
-    before, generators = copy.deepcopy(model), torch.get_rng_state()
-    with torch.no_grad():
-        found = defended(name, model, augment=Shift(1))
-    again = defended(name, model, augment=Shift(1))
-    assert same(model, before) and torch.equal(torch.get_rng_state(), generators) and not frozen.requires_grad
-    assert found.method == name and found.finite and found.complete and not found.failed
-    assert same(found.model, again.model) and found.losses == again.losses
-    assert is_finite(found.model) and not same(found.model, before)
-    assert not next(found.model.parameters()).requires_grad and found.model.layer1.training
-    assert not found.model.training and not found.model.layer2.training
-    assert not any(module._forward_hooks for net in (model, found.model) for module in net.modules())
-    assert found.record()["clean_accuracy_repaired"] == clean_accuracy(found.model, IMAGES.float(), LABELS)
+    assert_model_stays_and_seeds_decide(name, defended)
 
 
 @pytest.mark.parametrize("name", QUICK)
