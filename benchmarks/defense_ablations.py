@@ -145,8 +145,7 @@ def main() -> None:
     expect(len(samples) == len(wanted), "--networks", f"networks of {options.zoo}", options.networks)
     units: list[Mapping[str, Any]] = []
     for sample in samples:
-        found, problem = victim_units(sample, plans=plans(options.clean), data=options.data, out=options.keep,
-                                      device=device)
+        found, problem = victim_units(sample, plans=plans(options.clean), data=options.data, out=options.keep)
         expect(problem is None, sample.name, "a network that can be judged", problem)
         victim = read_victim(sample, options.data, options.keep / "triggers", device=device)
         units += [*found, untuned(victim, options.clean)]

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.devices import chosen_device
 from data.errors import InputError
 from data.files import write_json
@@ -24,7 +22,7 @@ from data.model_zoo import ZooModel
 from data.zoo_recipes import jobs
 from submit.defend_commands import print_summaries, unit_line
 from submit.defense_runs import run_plans
-from submit.engines import Engine
+from submit.engines import Engine, chosen_engine
 from submit.records import environment, peak_memory_gib
 from submit.sweeps import Sweep, built_victims, read_sweep, summaries
 from submit.zoo_commands import victim_line
@@ -38,19 +36,17 @@ class TimeUp(Exception):
     """No further run is to start."""
 
 
-def victims(sweep: Sweep, data: Path, out: Path, device: torch.device, workers: int
-            ) -> tuple[list[ZooModel], list[InputError]]:
+def victims(sweep: Sweep, data: Path, out: Path, engine: Engine) -> tuple[list[ZooModel], list[InputError]]:
     """The sweep's networks: read where all are there, even among those of more rounds, else trained."""
     names = {job.name for job in jobs(sweep.victims) if job.attack}
     if all((out / "victims" / name).is_dir() for name in names):
         samples, problems = backdoored_samples(out / "victims")
         return [sample for sample in samples if sample.name in names], problems
-    return built_victims(sweep.victims, data, out, device=device, workers=workers,
+    return built_victims(sweep.victims, data, out, engine=engine,
                          progress=lambda name, record: print(victim_line(name, record), file=sys.stderr))
 
 
-def collect(sweep: Sweep, data: Path, out: Path, device: torch.device, workers: int, end: float
-            ) -> list[dict[str, Any]]:
+def collect(sweep: Sweep, data: Path, out: Path, engine: Engine, end: float) -> list[dict[str, Any]]:
     """The units of every victim, found or measured, as far as the time allows."""
     units: list[dict[str, Any]] = []
 
@@ -61,10 +57,9 @@ def collect(sweep: Sweep, data: Path, out: Path, device: torch.device, workers: 
             raise TimeUp
 
     try:
-        samples, problems = victims(sweep, data, out, device, workers)
+        samples, problems = victims(sweep, data, out, engine)
         samples = sorted(samples, key=lambda sample: sample.name.rsplit("-", 1)[-1])  # round by round
-        for _, problem in run_plans(samples, sweep.plans(), data, out, device=device,
-                                    engine=Engine(workers=workers), report=keep):
+        for _, problem in run_plans(samples, sweep.plans(), data, out, engine=engine, report=keep):
             problems += [problem] if problem else []
         for problem in problems:
             print(f"left out: {problem}", file=sys.stderr)
@@ -91,8 +86,8 @@ def main() -> None:
     options = parser.parse_args()
     sweep, start = read_sweep(SWEEP), time.monotonic()
     sweep = replace(sweep, victims=replace(sweep.victims, repeats=min(options.rounds, sweep.victims.repeats)))
-    units = collect(sweep, options.data, options.out, chosen_device(), options.workers,
-                    start + 60 * options.minutes)
+    engine = chosen_engine("local", options.workers, str(chosen_device()))
+    units = collect(sweep, options.data, options.out, engine, start + 60 * options.minutes)
     units = whole_victims(units, len(sweep.plans()))
     tables = summaries(units)
     before = {unit["victim"]: unit["before"] for unit in units}

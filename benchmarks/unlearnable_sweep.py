@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.devices import chosen_device
 from data.errors import InputError
 from data.files import write_json
-from submit.engines import Engine
+from submit.engines import chosen_engine
 from submit.records import environment, peak_memory_gib
 from submit.unlearnable_commands import print_accuracies, trial_line
 from submit.unlearnable_runs import run_trials
@@ -51,7 +52,7 @@ def main() -> None:
 
     try:
         units = run_trials(sweep.trials(), sweep.ground(options.data, Path("runs/sweeps") / options.recipe),
-                           engine=Engine(workers=options.workers), report=report,
+                           engine=chosen_engine("local", options.workers, str(chosen_device())), report=report,
                            poisoned=lambda line: print(line, file=sys.stderr))
     except TimeUp:
         sys.exit("time is up: the same command goes on from here")

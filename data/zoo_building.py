@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
 from data.attacks import poison
+from data.devices import chosen_device
 from data.errors import InputError, expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
 from data.image_sets import ImageSet
@@ -35,64 +35,45 @@ IMAGES = "test_images"
 IMAGE_SHARE = 0.01   # of the test set, as the contest gives
 JPEG_QUALITY = 95    # colours not subsampled: the least loss short of another format
 Sets = Mapping[str, tuple[ImageSet, ImageSet]]  # by name: training and test half
+Work = Callable[[Any], Any]
+InTurn = Callable[[Work, Sequence[Any]], Iterator[tuple[int, Any]]]  # (position, work(item)) as they are done
 
 
-def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, device: torch.device, workers: int = 1,
+def one_by_one(work: Work, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    return ((i, work(item)) for i, item in enumerate(items))
+
+
+def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, in_turn: InTurn = one_by_one,
               progress: Callable[[str, dict[str, Any]], None] | None = None,
               triggers: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Train what `folder` still lacks; return the record of every model by name.
+    """Train what `folder` still lacks, on the device that KIT_DEVICE says; return the record of every model by name.
 
-    sets: on the CPU, for every job its set by name. workers: processes that train side by side, one thread each
-    on a CPU; weights do not depend on their number. Refuses a folder that holds other things, or a model that
+    sets: on the CPU, for every job its set by name. in_turn: does the work, perhaps side by side in other processes,
+    which get a copy of `sets`; weights do not depend on it. Refuses a folder that holds other things, or a model that
     was trained from other images or settings. A model below a floor stays, marked `failed` in its record. One that
     cannot be trained at all is named by an InputError when all others are done. triggers: a folder for every
     victim's triggered test images (`triggered_images` finds them there).
     """
     folder = Path(folder)
-    expect(workers > 0, "workers", "> 0", workers)
     checksums = {name: _checksum(*sets[name]) for name in {job.set_name for job in jobs}}
     prints = {job.name: fingerprint(json.dumps(job.settings(), sort_keys=True), checksums[job.set_name])
               for job in jobs}
     by_name = {job.name: job for job in jobs}
     records = {name: _judged(record, by_name[name]) for name, record in _finished(folder, prints).items()}
-    tasks = [(folder / job.name, *sets[job.set_name], job, prints[job.name], device, triggers)
-             for job in jobs if job.name not in records]
+    missing = [(job, prints[job.name]) for job in jobs if job.name not in records]
     _write_records(folder, jobs, records)
-    failures: list[str] = []  # of models that could not be trained at all: the others go on
-    for name, record in _built(tasks, workers, failures):
-        records[name] = _judged(record, by_name[name])
+    failures: dict[int, str] = {}  # of models that could not be trained at all: the others go on
+    for position, found in in_turn(partial(build_model, folder, sets, triggers), missing):
+        name = missing[position][0].name
+        if isinstance(found, str):
+            failures[position] = f"{name}: {found}"
+            continue
+        records[name] = _judged(found, by_name[name])
         _write_records(folder, jobs, records)
         if progress:
             progress(name, records[name])
-    expect(not failures, folder, "every model trained", "; ".join(failures))
+    expect(not failures, folder, "every model trained", "; ".join(failures[i] for i in sorted(failures)))
     return {job.name: records[job.name] for job in jobs}
-
-
-def _built(tasks: Sequence[tuple], workers: int, failures: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, record) of each model as it is finished; what is wrong with those that cannot be goes to `failures`."""
-    if workers == 1 or len(tasks) < 2:
-        for task in tasks:
-            try:
-                yield task[0].name, _build_model(*task)
-            except InputError as error:
-                failures.append(f"{task[0].name}: {error}")
-        return
-    context = multiprocessing.get_context("spawn")  # its tensors travel as shared memory
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_die_on_interrupt) as pool:
-        try:
-            futures = {pool.submit(_build_model, *task): task[0].name for task in tasks}
-            for future in as_completed(futures):
-                if isinstance(future.exception(), InputError):
-                    failures.append(f"{futures[future]}: {future.exception()}")
-                else:
-                    yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _die_on_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user; a trace from each worker would not help
 
 
 def _judged(record: dict[str, Any], job: ZooJob) -> dict[str, Any]:
@@ -129,13 +110,17 @@ def _write_records(folder: Path, jobs: Sequence[ZooJob], records: Mapping[str, d
     write_json(folder / RECORDS, {"models": {job.name: records[job.name] for job in jobs if job.name in records}})
 
 
-def _build_model(folder: Path, train: ImageSet, test: ImageSet, job: ZooJob, print_: str,
-                 device: torch.device, triggers: Path | None = None) -> dict[str, Any]:
-    """Train, measure and write one model, with one thread on a CPU: sums must not depend on the machine."""
-    threads = torch.get_num_threads()
+def build_model(folder: Path, sets: Sets, triggers: Path | None, item: tuple[ZooJob, str]) -> dict[str, Any] | str:
+    """Train, measure and write one model with its fingerprint: its record, or why it cannot be trained. One thread on a
+    CPU: sums must not depend on the machine."""
+    job, print_ = item
+    threads, device = torch.get_num_threads(), chosen_device()
     torch.set_num_threads(1 if device.type == "cpu" else threads)
     try:
-        return _train_and_write(folder, train.to(device), test.to(device), job, print_, triggers)
+        train, test = (part.to(device) for part in sets[job.set_name])
+        return _train_and_write(folder / job.name, train, test, job, print_, triggers)
+    except InputError as problem:
+        return str(problem)
     finally:
         torch.set_num_threads(threads)
 

@@ -8,12 +8,15 @@ from contextlib import ExitStack
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data.devices import VARIABLE
 from data.errors import InputError
+
+if TYPE_CHECKING:
+    from submit.engines import Engine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   no_args_is_help=True,
@@ -68,6 +71,8 @@ EngineName = Annotated[str, typer.Option("--engine", help="Where units are done:
                                          "($RAY_ADDRESS, else here) or slurm.")]
 Workers = Annotated[int, typer.Option(help="Units done side by side; 0 = one a GPU, on CPUs all in this process.",
                                       min=0)]
+Networks = Annotated[int, typer.Option("--workers", help="Networks side by side; 0 = one a GPU, or one a CPU core.",
+                                       min=0)]
 WeightCache = Annotated[Path | None, typer.Option(help="Folder of fetched weights. Default: .cache/weights.")]
 RulesFolder = Annotated[Path | None, typer.Option(help="Folder with the rules of another contest, a TOML file a task.")]
 
@@ -97,12 +102,10 @@ def score(
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Predict and score a task as the organizers do. An interrupted run goes on when it is started again."""
-    from submit.engines import chosen_engine
     from submit.score_run import finish_run, score_task
     from submit.tables import print_outcomes, print_record, unit_progress
 
-    device = _use_device(device)
-    chosen = chosen_engine(engine, workers, device)
+    device, chosen = _use_engine(engine, workers, device)
     if explain and task not in (Task.retrieval, Task.all):
         raise InputError(f"--explain: expected with retrieval or all, found {task.value}")
     if (repair and task not in (Task.backdoor, Task.all)) or (sets and not repair):
@@ -197,15 +200,15 @@ def zoo_build(
     out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],
     recipe: Annotated[str, typer.Option(help="tiny, cpu, contest, or a TOML file as in data/recipes.")] = "tiny",
     data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
-    workers: Annotated[int, typer.Option(help="Models trained side by side; 0 = one a CPU core, one on a GPU.", min=0)]
-    = 0,
+    engine: EngineName = "local", workers: Networks = 0,
     seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.", min=0, max=2**63 - 1)] = None,
     device: Device = "auto", json: Json = False,
 ) -> None:
     """Train clean and backdoored models and lay them out as the organizers do; goes on where it was stopped."""
     from submit.zoo_commands import build
 
-    problems = build(out, recipe, data, seed=seed, device=_use_device(device), workers=workers, as_json=json)
+    _, chosen = _use_engine(engine, workers, device, cores=True)
+    problems = build(out, recipe, data, seed=seed, engine=chosen, as_json=json)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -242,31 +245,28 @@ def defend(
     out: Annotated[Path | None, typer.Option(
         help="With sweep: folder of its victims and finished runs. Default: RUNS/sweeps/<name of the recipe>.")] = None,
     engine: EngineName = "local",
-    workers: Annotated[int, typer.Option(help="Networks side by side; 0 = one a CPU core, one on a GPU.", min=0)] = 0,
+    workers: Networks = 0,
     seed: Seed = 0, device: Device = "auto", json: Json = False, runs: Runs = Path("runs"),
 ) -> None:
     """Repair backdoored networks (ACC, ASR, RA, DER), or purify unlearnable examples (clean accuracy of a victim); goes
     on where it was stopped."""
     from submit.defend_commands import ATTACK, CLEAN, SWEEP, ZOO, defend_sweep, defend_zoo, finish, kind_asked
-    from submit.engines import chosen_engine
     from submit.unlearnable_commands import SET, defend_attacked, defend_unlearnable_sweep, of_unlearnable
-    from submit.zoo_commands import default_workers
 
     kind = kind_asked(method, {"RECIPE": recipe, "--zoo": zoo, "--attack": attack, "--ratio": ratio,
                                "--set": image_set, "--clean": clean, "--out": out})
-    device = _use_device(device)
-    chosen = chosen_engine(engine, workers or default_workers(device), device)
+    device, chosen = _use_engine(engine, workers, device, cores=True)
     run = _new_run(runs, f"defend-{method}")
     if kind == ZOO:
-        outcome = defend_zoo(method, zoo, data, clean=CLEAN if clean is None else clean, seed=seed, device=device,
-                             engine=chosen, runs=runs)
+        outcome = defend_zoo(method, zoo, data, clean=CLEAN if clean is None else clean, seed=seed, engine=chosen,
+                             runs=runs)
     elif kind == ATTACK:
         outcome = defend_attacked(method, attack, data, set_name=image_set or SET,
                                   ratio=1.0 if ratio is None else ratio, seed=seed, engine=chosen, runs=runs)
     else:
         folder = out or runs / "sweeps" / recipe.stem
         outcome = defend_unlearnable_sweep(recipe, data, engine=chosen, out=folder) if of_unlearnable(recipe) else \
-            defend_sweep(recipe, data, device=device, engine=chosen, out=folder)
+            defend_sweep(recipe, data, engine=chosen, out=folder)
     left_out = finish(outcome, run, command=_command(), seed=None if kind == SWEEP else seed, device=device,
                       as_json=json)
     raise typer.Exit(1 if left_out else 0)
@@ -426,6 +426,19 @@ def _use_device(name: str) -> str:
     os.environ[VARIABLE] = name
     os.environ[VARIABLE] = str(chosen_device())  # settled, for other processes too
     return os.environ[VARIABLE]
+
+
+def _use_engine(name: str, workers: int, device: str, *, cores: bool = False) -> tuple[str, Engine]:
+    """Check engine and device and make the device the predict functions'. GPUs of other machines need not be here:
+    this process then takes what it has. cores: without a number of workers, one a core where they work on CPUs."""
+    from submit.engines import chosen_engine, cpu_cores
+
+    elsewhere = name in ("ray", "slurm") and device == "cuda"
+    here = _use_device("auto" if elsewhere else device)
+    theirs = device if elsewhere else here
+    if cores and theirs == "cpu":
+        workers = workers or cpu_cores()
+    return theirs, chosen_engine(name, workers, theirs)
 
 
 def _use_weights(task: Task, preset: str, weights: Path | None) -> tuple[str, ...]:

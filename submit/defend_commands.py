@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from data.errors import InputError, expect
@@ -58,15 +57,15 @@ def kind_asked(method: str, options: Mapping[str, Any]) -> str:
     return kind
 
 
-def defend_zoo(method: str, zoo: Path, data: Path | None, *, clean: float, seed: int, device: str, engine: Engine,
-               runs: Path) -> Outcome:
+def defend_zoo(method: str, zoo: Path, data: Path | None, *, clean: float, seed: int, engine: Engine, runs: Path
+               ) -> Outcome:
     """One defense over the backdoored networks of `zoo`; finished ones are found again in `runs`/defend."""
     expect(0 < clean <= 1, "--clean", "a share in (0, 1]", clean)
     samples, problems = backdoored_samples(zoo)
-    return _run(samples, problems, [Plan(method, method, {}, clean, seed)], data, runs / "defend", device, engine)
+    return _run(samples, problems, [Plan(method, method, {}, clean, seed)], data, runs / "defend", engine)
 
 
-def defend_sweep(recipe: Path, data: Path | None, *, device: str, engine: Engine, out: Path) -> Outcome:
+def defend_sweep(recipe: Path, data: Path | None, *, engine: Engine, out: Path) -> Outcome:
     """Train the victims that `out` lacks, then run what it lacks of the sweep."""
     sweep = read_sweep(recipe)
     with unit_progress() as bar:
@@ -78,17 +77,15 @@ def defend_sweep(recipe: Path, data: Path | None, *, device: str, engine: Engine
             bar("victims", done, done)
             print(victim_line(name, record), file=sys.stderr)
 
-        samples, problems = built_victims(sweep.victims, data, out, device=torch.device(device),
-                                          workers=engine.workers, progress=trained)
-    return _run(samples, problems, sweep.plans(), data, out, device, engine)
+        samples, problems = built_victims(sweep.victims, data, out, engine=engine, progress=trained)
+    return _run(samples, problems, sweep.plans(), data, out, engine)
 
 
 def _run(samples: Sequence[ZooModel], problems: list[InputError], plans: Sequence[Plan], data: Path | None, out: Path,
-         device: str, engine: Engine) -> Outcome:
+         engine: Engine) -> Outcome:
     units, refused = [], []
     with reporting(len(samples) * len(plans), unit_line) as report:
-        for found, problem in run_plans(samples, plans, data, out, device=torch.device(device),
-                                        engine=engine, report=report):
+        for found, problem in run_plans(samples, plans, data, out, engine=engine, report=report):
             units += found
             refused += [problem] if problem else []
     problems = refused + problems

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data.devices import chosen_device
 from data.errors import InputError
 from data.files import fingerprint
 from data.model_zoo import ZooModel
@@ -22,7 +23,7 @@ from defense.metrics import defense_effectiveness
 from defense.oracle_pruning import OracleTest
 from defense.training import Shift
 from submit.dev_splits import ROOT
-from submit.engines import HERE, Engine, each
+from submit.engines import Engine, each
 from submit.kept_units import as_json, code_of_modules, equal_sums, kept_unit
 from submit.zoo_victims import Victim, clean_part, measured, own_seed, read_victim
 
@@ -56,13 +57,14 @@ def code_of(method: str) -> str:
 
 
 def run_plans(samples: Sequence[ZooModel], plans: Sequence[Plan], data: Path | None, out: Path, *,
-              device: torch.device, engine: Engine, report: Report) -> Iterator[tuple[list[dict], InputError | None]]:
+              engine: Engine, report: Report) -> Iterator[tuple[list[dict], InputError | None]]:
     """The units of one victim after the other, or why it has none; `report` gets every unit as it is done.
 
-    Kept in `out`/units and `out`/triggers. engine: where it is done, a victim a worker.
+    Kept in `out`/units and `out`/triggers. engine: where it is done, a victim a worker, on the device that KIT_DEVICE
+    says there.
     """
-    work = partial(victim_units, plans=plans, data=data, out=out, device=device)
-    if engine == HERE or len(samples) < 2:
+    work = partial(victim_units, plans=plans, data=data, out=out)
+    if engine.name == "local" and min(engine.workers, len(samples)) < 2:
         for sample in samples:
             yield work(sample, report=report)
         return
@@ -72,10 +74,11 @@ def run_plans(samples: Sequence[ZooModel], plans: Sequence[Plan], data: Path | N
         yield units, problem
 
 
-def victim_units(sample: ZooModel, *, plans: Sequence[Plan], data: Path | None, out: Path, device: torch.device,
+def victim_units(sample: ZooModel, *, plans: Sequence[Plan], data: Path | None, out: Path,
                  report: Report | None = None) -> tuple[list[dict], InputError | None]:
     """Every plan's unit of one network, found or measured; with one thread on a CPU, where sums must not depend on
     the machine."""
+    device = chosen_device()
     try:
         with equal_sums(device):
             victim = read_victim(sample, data, out / "triggers", device=device)

@@ -2,22 +2,27 @@
 
 joblib hands them out; for Slurm submitit does. The work writes what it finds and may be done twice, so a worker that
 dies loses nothing: what it had not handed in is done again.
+
+A worker has one GPU and keeps it: on this machine the first that no other worker has locked, elsewhere the one that Ray
+or Slurm lets it see. There are never more workers than GPUs, or they would wait for one another.
 """
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import joblib
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from data.devices import VARIABLE
 from data.errors import InputError, expect
+from submit.units import locked
 
 ENGINES = ("local", "ray", "slurm")
 KIT = "KIT_"        # variables that predict functions go by; workers elsewhere get them handed over
@@ -28,10 +33,12 @@ MINUTES = 24 * 60   # a job of Slurm's at most
 
 @dataclass(frozen=True)
 class Engine:
-    """workers: pieces done at once; with GPUs one on each, never more, or they would wait for one another."""
+    """workers: pieces done at once; with GPUs one on each. device: what they work on where it is not what this process
+    does; only of other machines."""
 
     name: str = "local"
     workers: int = 1
+    device: str = ""
 
     def __post_init__(self) -> None:
         expect(self.name in ENGINES, "--engine", f"one of {', '.join(ENGINES)}", self.name)
@@ -42,21 +49,27 @@ HERE = Engine()
 
 
 def chosen_engine(name: str, workers: int, device: str) -> Engine:
-    """The engine with as many workers as asked for; 0: one a GPU, on CPUs all in this process. On this machine never
-    more than it has GPUs."""
-    if not workers:
-        workers = _gpus(name) if device.startswith("cuda") else 1
-    if name == "local" and device.startswith("cuda"):
-        expect(workers <= _gpus(name), "--workers", f"at most {_gpus(name)}, as many as there are GPUs", workers)
-    return Engine(name, workers)
+    """The engine with as many workers as asked for, never more than there are GPUs where `device` is one.
+    workers: 0 = one a GPU, on CPUs all in this process."""
+    if not device.startswith("cuda"):
+        return Engine(name, workers or 1)
+    if name == "slurm":  # gives every job a GPU, and lets them wait
+        return Engine(name, workers or 1, "cuda")
+    gpus = _ray_gpus() if name == "ray" else max(1, _device_count()) if device == "cuda" else 1
+    expect(gpus, "--engine ray", "a cluster with a free GPU, or --device cpu", "none")
+    expect(workers <= gpus, "--workers", f"at most {gpus}, as many as there are GPUs", workers)
+    return Engine(name, workers or gpus, "cuda" if name == "ray" else "")
 
 
-def _gpus(name: str) -> int:
-    if name == "ray":
-        ray = _extra("ray")
-        _join_ray(ray, 1)
-        return max(1, int(ray.cluster_resources().get("GPU", 1)))
-    return max(1, _device_count())
+def cpu_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ray_gpus() -> int:
+    """Those that nobody holds: a worker would wait for another's without end."""
+    ray = _extra("ray")
+    _join_ray(ray, 1)
+    return int(ray.available_resources().get("GPU", 0))
 
 
 def each(work: Callable[[Any], Any], items: Sequence[Any], engine: Engine = HERE) -> Iterator[tuple[int, Any]]:
@@ -69,26 +82,62 @@ def each(work: Callable[[Any], Any], items: Sequence[Any], engine: Engine = HERE
         yield from ((i, work(item)) for i, item in enumerate(items))
         return
     waiting, lost = dict(enumerate(items)), 0
-    task = partial(_piece, work, {k: v for k, v in os.environ.items() if k.startswith(KIT)}, _device_count())
     while waiting:
-        try:
-            for position, result in RUNNERS[engine.name](task, list(waiting.items()), engine):
-                del waiting[position]
-                yield position, result
-        except _dying() as death:
-            lost += 1
-            expect(lost < LOST_WORKERS, f"--engine {engine.name}", "workers that live",
-                   f"{lost} that died, {len(waiting)} pieces not done: {str(death).splitlines()[0]}")
+        with tempfile.TemporaryDirectory(prefix="kit-gpus-") as locks:
+            task = partial(_piece, work, _surroundings(engine, locks))
+            try:
+                for position, result in RUNNERS[engine.name](task, list(waiting.items()), engine):
+                    del waiting[position]
+                    yield position, result
+            except _dying() as death:
+                lost += 1
+                expect(lost < LOST_WORKERS, f"--engine {engine.name}", "workers that live",
+                       f"{lost} that died, {len(waiting)} pieces not done: {str(death).splitlines()[0]}")
 
 
-def _piece(work: Callable[[Any], Any], variables: Mapping[str, str], gpus: int, item: tuple[int, Any]
-           ) -> tuple[int, Any]:
-    """In a worker: the same settings as here, and of several GPUs the one whose turn it is."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker gets handed over: variables, the folder that relative paths start from, and where the GPUs of this
+    machine are locked, if there are several to choose from."""
+
+    variables: Mapping[str, str]
+    folder: str
+    locks: Path
+    gpus: int
+
+
+def _surroundings(engine: Engine, locks: str) -> Surroundings:
+    variables = {name: value for name, value in os.environ.items() if name.startswith(KIT)}
+    device = engine.device or variables.get(VARIABLE, "auto")
+    several = engine.name == "local" and device in ("auto", "cuda")
+    return Surroundings({**variables, VARIABLE: device}, os.getcwd(), Path(locks), _device_count() if several else 0)
+
+
+def _piece(work: Callable[[Any], Any], here: Surroundings, item: tuple[int, Any]) -> tuple[int, Any]:
+    """In a worker: with the settings and the folder of the process that asked, on the worker's own GPU."""
     position, value = item
-    os.environ.update(variables)
-    if variables.get(VARIABLE) == "cuda" and gpus > 1:
-        os.environ[VARIABLE] = f"cuda:{position % gpus}"
+    os.chdir(here.folder)
+    os.environ.update(here.variables)
+    if here.gpus > 1:
+        os.environ[VARIABLE] = f"cuda:{_own_gpu(here.locks, here.gpus)}"
     return position, work(value)
+
+
+_OWN: dict[Path, tuple[int, IO]] = {}  # the GPU of this process and its lock, which ends with the process
+
+
+def _own_gpu(locks: Path, gpus: int) -> int:
+    """The GPU that this process has locked in the folder `locks`; at first the lowest that is free there."""
+    if locks not in _OWN:
+        _OWN.clear()  # of earlier work
+        for gpu in range(gpus):
+            try:
+                _OWN[locks] = gpu, locked(locks / f"gpu{gpu}.lock")
+                break
+            except InputError:  # another worker's
+                continue
+    expect(locks in _OWN, "--workers", f"at most {gpus}, as many as there are GPUs", "more")
+    return _OWN[locks][0]
 
 
 def _device_count() -> int:
@@ -98,7 +147,8 @@ def _device_count() -> int:
 
 
 def _local(task: Callable, items: list, engine: Engine) -> Iterator[tuple[int, Any]]:
-    run = joblib.Parallel(min(engine.workers, len(items)), return_as="generator_unordered", batch_size=1)
+    workers = max(2, min(engine.workers, len(items)))  # with one, joblib would work in this process
+    run = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1)
     yield from run(joblib.delayed(task)(item) for item in items)
 
 
@@ -109,20 +159,18 @@ def _ray(task: Callable, items: list, engine: Engine) -> Iterator[tuple[int, Any
     from ray.util.joblib import register_ray
 
     register_ray()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    on_gpus = os.environ.get(VARIABLE, "auto") != "cpu" and gpus > 0
-    workers = min(engine.workers, gpus) if on_gpus else engine.workers  # more would wait for a GPU for ever
-    with joblib.parallel_config("ray", n_jobs=workers, ray_remote_args={"num_gpus": 1} if on_gpus else {}):
-        for start in range(0, len(items), ROUND * workers):  # Ray's backend hands nothing in before a call is done
-            part = items[start:start + ROUND * workers]
+    gpus = engine.device.startswith("cuda")  # a worker of Ray's then sees one GPU alone
+    with joblib.parallel_config("ray", n_jobs=engine.workers, ray_remote_args={"num_gpus": 1} if gpus else {}):
+        for start in range(0, len(items), ROUND * engine.workers):  # Ray hands nothing in before a call is done
+            part = items[start:start + ROUND * engine.workers]
             yield from joblib.Parallel(batch_size=1)(joblib.delayed(task)(item) for item in part)
 
 
 def _join_ray(ray: Any, workers: int) -> None:
     if not ray.is_initialized():
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        own = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(**own, **quiet)
+        own = {"address": "local", "num_cpus": workers, "include_dashboard": False}
+        ray.init(**({} if "RAY_ADDRESS" in os.environ else own), **quiet)
 
 
 def _slurm(task: Callable, items: list, engine: Engine, *, cluster: str = "slurm", folder: Path = Path("runs/slurm")
@@ -133,7 +181,7 @@ def _slurm(task: Callable, items: list, engine: Engine, *, cluster: str = "slurm
            "none")
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(timeout_min=MINUTES, slurm_array_parallelism=engine.workers,
-                               gpus_per_node=int(os.environ.get(VARIABLE, "auto").startswith("cuda")))
+                               gpus_per_node=int(engine.device.startswith("cuda")))
     jobs = executor.map_array(task, items)
     try:
         for job in submitit.helpers.as_completed(jobs, poll_frequency=1):

@@ -9,10 +9,9 @@ import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data.errors import InputError, expect
 from data.model_zoo import ZooModel
@@ -21,7 +20,8 @@ from data.zoo_building import build_zoo
 from data.zoo_recipes import BUILT_IN, Recipe, jobs, read_recipe
 from defense.defenses import defense_config
 from submit.defense_runs import Plan
-from submit.zoo_commands import read_set
+from submit.engines import Engine, each
+from submit.zoo_commands import RecipeSets
 from submit.zoo_victims import backdoored_samples
 
 METRICS = ("ACC", "ASR", "RA", "DER")
@@ -124,13 +124,12 @@ def _victims(name: str, folder: Path) -> Recipe:
     return recipe
 
 
-def built_victims(recipe: Recipe, data: Path | None, out: Path, *, device: torch.device, workers: int,
+def built_victims(recipe: Recipe, data: Path | None, out: Path, *, engine: Engine,
                   progress: Callable[[str, dict[str, Any]], None]) -> tuple[list[ZooModel], list[InputError]]:
     """The recipe's backdoored networks, trained where `out`/victims lacks them; clean ones are not needed."""
     work = [job for job in jobs(recipe) if job.attack]
-    sets = {plan.name: read_set(plan, data) for plan in recipe.sets}
-    build_zoo(out / "victims", work, sets, device=device, workers=workers, progress=progress,
-              triggers=out / "triggers")
+    build_zoo(out / "victims", work, RecipeSets(recipe.sets, data), in_turn=partial(each, engine=engine),
+              progress=progress, triggers=out / "triggers")
     return backdoored_samples(out / "victims")
 
 

@@ -22,7 +22,7 @@ class Units:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = _locked(folder.with_suffix(".lock"))
+        self._lock = locked(folder.with_suffix(".lock"))
         ledger = folder / LEDGER
         self.seconds: dict[str, float] = json.loads(ledger.read_text()) if ledger.exists() else {}
 
@@ -44,7 +44,7 @@ class Units:
         write_json(self.folder / LEDGER, self.seconds)
 
 
-def _locked(path: Path) -> IO:
+def locked(path: Path) -> IO:
     """An open file that nobody else has locked; the lock ends when it is closed, at the latest with the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -16,17 +16,17 @@ from data.image_sets import ImageSet, read_digits, read_image_folder, read_mnist
 from data.model_zoo import ZooModel, load_model, read_zoo
 from data.zoo_building import build_zoo
 from data.zoo_recipes import SetPlan, jobs, read_recipe
+from submit.engines import Engine, each
 from submit.tables import console, unit_progress
 
 SUBSET_SEED = 0  # of the images drawn where a recipe takes only some of a training set
 
 
-def build(out: Path, recipe_name: str, data: Path | None, *, seed: int | None, device: str, workers: int,
-          as_json: bool) -> list[str]:
+def build(out: Path, recipe_name: str, data: Path | None, *, seed: int | None, engine: Engine, as_json: bool
+          ) -> list[str]:
     """Build the zoo of a recipe and list it; what is wrong with models that failed."""
     recipe = read_recipe(recipe_name)
     work = jobs(recipe if seed is None else replace(recipe, seed=seed))
-    sets = {plan.name: read_set(plan, data) for plan in recipe.sets}
     done = len([job for job in work if (out / job.name).is_dir()])
     with unit_progress() as bar:
         def finished(name: str, record: dict) -> None:
@@ -36,8 +36,7 @@ def build(out: Path, recipe_name: str, data: Path | None, *, seed: int | None, d
             print(victim_line(name, record), file=sys.stderr)
 
         bar("zoo", done, len(work))
-        build_zoo(out, work, sets, device=torch.device(device), workers=workers or default_workers(device),
-                  progress=finished)
+        build_zoo(out, work, RecipeSets(recipe.sets, data), in_turn=partial(each, engine=engine), progress=finished)
     return inspect(out, as_json=as_json)
 
 
@@ -47,8 +46,27 @@ def victim_line(name: str, record: Mapping) -> str:
     return f"{name}: ACC {100 * record['ACC']:.1f}{success}, {record['seconds']:.0f} s{failed}"
 
 
-def default_workers(device: str) -> int:
-    return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
+@dataclass(frozen=True)
+class RecipeSets(Mapping):
+    """The image sets of a recipe by name; each process reads what it needs, once."""
+
+    plans: tuple[SetPlan, ...]
+    data: Path | None
+
+    def __getitem__(self, name: str) -> tuple[ImageSet, ImageSet]:
+        plan = next(plan for plan in self.plans if plan.name == name)
+        return set_once(name, plan.size, plan.images, self.data)
+
+    def __iter__(self) -> Iterator[str]:
+        return (plan.name for plan in self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+
+@lru_cache(maxsize=4)  # networks of several sets take turns
+def set_once(name: str, size: int, images: int, data: Path | None) -> tuple[ImageSet, ImageSet]:
+    return read_set(SetPlan(name, size=size, images=images), data)
 
 
 def read_set(plan: SetPlan, data: Path | None) -> tuple[ImageSet, ImageSet]:

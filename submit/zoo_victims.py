@@ -8,7 +8,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from data.images import read_rgb
 from data.model_zoo import BACKDOORED, MODEL, RECORDS, ZooModel, labelled_images, load_model, read_zoo
 from data.triggered_images import TriggerPlan, triggered_images
 from data.victims import VictimConfig, normalise, predict
-from data.zoo_recipes import SetPlan
 from defense.metrics import accuracy, attack_success, robust_accuracy
-from submit.zoo_commands import read_set
+from submit.zoo_commands import set_once
 
 TOLERANCE = 0.02  # of ACC and ASR against the record: another machine rounds, and trains a trigger, otherwise
 KINDS = {"set": str, "attack": str, "parameters": dict, "ratio": (int, float), "target": int, "seed": int,
@@ -62,7 +60,7 @@ def read_victim(sample: ZooModel, data: Path | None, triggers: Path, *, device: 
     """The sample with its set, from `data` unless built in, and its trigger, kept in `triggers`; on `device` but for
     the model. InputError where the record does not tell them, or where ACC or ASR show that they are others."""
     record = _checked_record(sample)
-    train, test = _sets(record["set"], _side(sample), record.get("train_images", 0), data)
+    train, test = set_once(record["set"], _side(sample), record.get("train_images", 0), data)
     train, test = train.to(device), test.to(device)
     expect(train.num_classes == sample.num_classes, f"{sample.folder} num_classes",
            f"{train.num_classes}, as {record['set']} has", sample.num_classes)
@@ -97,11 +95,6 @@ def _checked_record(sample: ZooModel) -> Mapping[str, Any]:
 def _side(sample: ZooModel) -> int:
     """Pixels a side of the zoo's images: those of the sample's first test image."""
     return read_rgb(labelled_images(sample.images_folder, sample.num_classes)[0][0]).size[0]
-
-
-@lru_cache(maxsize=1)  # the networks of one set mostly follow each other
-def _sets(name: str, side: int, count: int, data: Path | None) -> tuple[ImageSet, ImageSet]:
-    return read_set(SetPlan(name, size=side, images=count), data)
 
 
 def measured(model: nn.Module, test: ImageSet, triggered: Tensor, target: int, scale: VictimConfig) -> dict[str, float]:

@@ -20,6 +20,28 @@ def write_or_die(x, folder):
     return x
 
 
+def meet(x, folder, parties):
+    """Waits until so many devices were seen at work at once: in vain, if workers share one and another idles."""
+    device = os.environ["KIT_DEVICE"]
+    (Path(folder) / device).write_text("")
+    end = time.monotonic() + 60
+    while len(list(Path(folder).glob("cuda*"))) < parties and time.monotonic() < end:
+        time.sleep(0.02)
+    return os.getpid(), device, len(list(Path(folder).glob("cuda*")))
+
+
+def visible_gpus(x):
+    time.sleep(0.2)
+    return os.getpid(), os.environ.get("KIT_DEVICE"), os.environ.get("CUDA_VISIBLE_DEVICES"), os.getcwd()
+
+
+def die_once(x, folder):
+    """As `write_or_die`, and says where it works."""
+    write_or_die(x, folder)
+    time.sleep(0.1)
+    return os.getpid(), os.environ["KIT_DEVICE"]
+
+
 def always_die(x):
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -9,8 +9,9 @@ import pytest
 
 import submit.engines
 from data.scenes import write_retrieval_split
+from submit.cli import _use_engine
 from submit.engines import HERE, Engine, chosen_engine, each
-from tests.engine_doubles import always_die, fail, square, write_or_die
+from tests.engine_doubles import always_die, die_once, fail, meet, square, visible_gpus, write_or_die
 from tests.test_score_command import run
 
 ITEMS = [5, 2, 7, 3, 0, 1]
@@ -64,8 +65,9 @@ def test_nothing_is_lost_where_a_worker_is_killed(on_cpu, tmp_path, engine):
 
 
 def test_work_that_always_kills_its_worker_ends_the_run(on_cpu, refuses):
-    with refuses("--engine local: expected workers that live, found 3 that died, 2 pieces not done: "):
-        list(each(always_die, [1, 2], Engine("local", 2)))
+    for items in ([1, 2], [1]):  # also a single piece is done by a worker, not here
+        with refuses(f"--engine local: expected workers that live, found 3 that died, {len(items)} pieces not done: "):
+            list(each(always_die, items, Engine("local", 2)))
 
 
 def test_what_work_raises_ends_the_run(on_cpu):
@@ -81,6 +83,8 @@ def test_jobs_of_slurm_by_a_stand_in(on_cpu, tmp_path, monkeypatch):
     monkeypatch.setitem(submit.engines.RUNNERS, "slurm", stand_in)
     found = dict(each(square, ITEMS, Engine("slurm", 2)))
     assert {i: r[0] for i, r in found.items()} == {i: x * x for i, x in enumerate(ITEMS)}
+    (seen,) = [answer for _, answer in each(visible_gpus, [0], Engine("slurm", 2, "cuda"))]
+    assert seen[1:3] == ("cuda", "0")  # a job has a GPU of its own
 
 
 @pytest.mark.skipif(not _found("submitit") or shutil.which("srun"), reason="submitit is not installed, or Slurm is")
@@ -100,19 +104,86 @@ def test_workers_never_outnumber_gpus(monkeypatch, refuses):
     monkeypatch.setattr(submit.engines, "_device_count", lambda: 2)
     assert chosen_engine("local", 0, "cuda") == Engine("local", 2)
     assert chosen_engine("local", 0, "cpu") == HERE and chosen_engine("local", 5, "cpu") == Engine("local", 5)
+    assert chosen_engine("local", 0, "cuda:1") == HERE
+    assert chosen_engine("slurm", 7, "cuda") == Engine("slurm", 7, "cuda")  # Slurm hands GPUs to jobs, and they wait
     with refuses("--workers: expected at most 2, as many as there are GPUs, found 3"):
         chosen_engine("local", 3, "cuda")
+    with refuses("--workers: expected at most 1, as many as there are GPUs, found 2"):
+        chosen_engine("local", 2, "cuda:1")
     with refuses("--engine: expected one of local, ray, slurm, found mpi"):
         chosen_engine("mpi", 1, "cpu")
+    with refuses("--engine: expected one of local, ray, slurm, found mpi"):
+        chosen_engine("mpi", 1, "cuda")
     with refuses("--workers: expected >= 1, found -1"):
         Engine("local", -1)
 
 
-def test_pieces_take_turns_on_the_gpus(monkeypatch):
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """This machine, as if it had two."""
+    monkeypatch.setattr(submit.engines, "_device_count", lambda: 2)
     monkeypatch.setenv("KIT_DEVICE", "cuda")
-    devices = [submit.engines._piece(square, {"KIT_DEVICE": "cuda"}, 2, (i, 1))[1][2] for i in range(3)]
-    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
-    assert submit.engines._piece(square, {"KIT_DEVICE": "cuda"}, 1, (0, 1))[1][2] == "cuda"
+
+
+def test_each_worker_has_a_gpu_of_its_own_and_none_idles(two_gpus, tmp_path):
+    found = [answer for _, answer in each(partial(meet, folder=tmp_path, parties=2), range(6), Engine("local", 2))]
+    owners = {(process, device) for process, device, _ in found}
+    assert sorted(device for _, device in owners) == ["cuda:0", "cuda:1"] and len(dict(owners)) == 2
+    assert {parties for *_, parties in found} == {2}
+
+
+def test_the_gpu_of_a_killed_worker_is_taken_over(two_gpus, tmp_path):
+    found = [answer for _, answer in each(partial(die_once, folder=tmp_path), ITEMS * 2, Engine("local", 2))]
+    owners = set(found)
+    assert len(found) == 2 * len(ITEMS) and (tmp_path / "died").exists()
+    assert len(owners) == len({process for process, _ in owners})  # a worker keeps its GPU
+    assert {device for _, device in owners} <= {"cuda:0", "cuda:1"}
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (2, "cuda:1"), (2, "cpu")])
+def test_one_gpu_or_a_chosen_one_is_left_as_it_is(monkeypatch, tmp_path, gpus, device):
+    monkeypatch.setattr(submit.engines, "_device_count", lambda: gpus)
+    monkeypatch.setenv("KIT_DEVICE", device)
+    here = submit.engines._surroundings(HERE, tmp_path)
+    assert submit.engines._piece(square, here, (0, 1))[1][2] == device
+
+
+@pytest.fixture
+def ray_of_two_gpus():
+    """A Ray of this machine that believes in two GPUs."""
+    ray = pytest.importorskip("ray")
+    ray.shutdown()
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR",
+             log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_ray_gives_each_worker_a_gpu_and_never_waits_for_more(on_cpu, ray_of_two_gpus, refuses, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with refuses("--workers: expected at most 2, as many as there are GPUs, found 3"):
+        chosen_engine("ray", 3, "cuda")
+    engine = chosen_engine("ray", 0, "cuda")
+    assert engine == Engine("ray", 2, "cuda")
+    found = {answer for _, answer in each(visible_gpus, range(6), engine)}
+    assert sorted(gpu for _, _, gpu, _ in found) == ["0", "1"] and len({process for process, *_ in found}) == 2
+    assert {(device, folder) for _, device, _, folder in found} == {("cuda", str(tmp_path))}
+
+
+def test_a_cluster_without_gpus_is_refused_at_once(on_cpu, monkeypatch, refuses):
+    monkeypatch.setattr(submit.engines, "_ray_gpus", lambda: 0)
+    with refuses("--engine ray: expected a cluster with a free GPU, or --device cpu, found none"):
+        chosen_engine("ray", 0, "cuda")
+
+
+def test_gpus_of_other_machines_need_not_be_here(monkeypatch):
+    monkeypatch.setenv("KIT_DEVICE", "auto")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(submit.engines, "_ray_gpus", lambda: 4)
+    assert _use_engine("ray", 0, "cuda") == ("cuda", Engine("ray", 4, "cuda"))
+    assert os.environ["KIT_DEVICE"] == "cpu"
+    assert _use_engine("slurm", 3, "cuda") == ("cuda", Engine("slurm", 3, "cuda"))
+    assert _use_engine("ray", 2, "auto") == ("cpu", Engine("ray", 2))
 
 
 @pytest.mark.parametrize("engine", ELSEWHERE, ids=lambda e: e.name)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from data.image_sets import ImageSet
 from data.model_zoo import labelled_images, load_model, read_zoo
 from data.preact_resnet import new_model
 from data.victims import VictimConfig
-from data.zoo_building import build_zoo, draw_test_images
+from data.zoo_building import build_zoo, draw_test_images, one_by_one
 from data.zoo_recipes import Recipe, SetPlan, jobs
+from submit.engines import Engine, each
 
 VICTIM = VictimConfig(widths=(2, 4, 4, 8), epochs=1, batch=16, crop=1)
 PLAN = SetPlan("noise", clean=2, size=8, floor_accuracy=0, floor_success=0, victim=VICTIM)
@@ -24,11 +26,19 @@ def a_set(count, seed):
     return ImageSet(images, torch.arange(count) % 3, 3, "noise")
 
 
+SIDE_BY_SIDE = partial(each, engine=Engine("local", 2))
 TRAIN, TEST = a_set(30, 0), a_set(24, 1)
 
 
 def build(folder, recipe=RECIPE, train=TRAIN, **options):
-    return build_zoo(folder, jobs(recipe), {"noise": (train, TEST)}, device=torch.device("cpu"), **options)
+    return build_zoo(folder, jobs(recipe), {"noise": (train, TEST)}, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KIT_DEVICE", "cpu")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +172,14 @@ def test_failed_victims_are_marked_and_left_out(tmp_path, monkeypatch):
 
 
 def test_weights_do_not_depend_on_the_number_of_workers(zoo, tmp_path):
-    build(tmp_path / "again", replace(RECIPE, attacks=("badnets",)), workers=2)
+    build(tmp_path / "again", replace(RECIPE, attacks=("badnets",)), in_turn=SIDE_BY_SIDE)
     for name in NAMES[:3]:
         assert (zoo / name / "model.pt").read_bytes() == (tmp_path / "again" / name / "model.pt").read_bytes()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_model_that_cannot_be_trained_is_named_and_the_others_go_on(tmp_path, refuses, workers):
+@pytest.mark.parametrize("in_turn", [one_by_one, SIDE_BY_SIDE])
+def test_a_model_that_cannot_be_trained_is_named_and_the_others_go_on(tmp_path, refuses, in_turn):
     recipe = replace(RECIPE, attacks=("badnets", "blended"), parameters={"badnets": {"size": 9}})  # of 8 pixels
     with refuses(r"zoo: expected every model trained, found noise-badnets-0.2-0: BadNetsConfig.size: expected at most"):
-        build(tmp_path / "zoo", recipe, workers=workers)
+        build(tmp_path / "zoo", recipe, in_turn=in_turn)
     assert {m.name for m in read_zoo(tmp_path / "zoo").models} == set(NAMES) - {"noise-badnets-0.2-0"}
-
-
-def test_a_number_of_workers_below_one_is_refused(tmp_path, refuses):
-    with refuses("workers: expected > 0, found 0"):
-        build(tmp_path, workers=0)
