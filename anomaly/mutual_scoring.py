@@ -130,12 +130,13 @@ class _Pairs:
         judges = judges if judges.dtype in (torch.float32, torch.float64) else judges.float()
         self.judges = judges - judges.mean((0, 1))  # distances stay as they are, products lose less
         self.window, self.scale, kind = window, 1.0, judges.dtype
+        on_gpu = judges.device.type != "cpu"  # on `meta`, too: what a GPU does is counted there
         if precision == "half" or (precision == "auto" and half_is_faster(judges.device)):
-            kind = torch.float16 if judges.is_cuda else torch.bfloat16
+            kind = torch.float16 if on_gpu else torch.bfloat16
             self.scale = float(self.judges.square().sum(-1).max().sqrt()) or 1.0  # float16 ends at 65504
         self.left, self.right = _extended(self.judges / self.scale if self.scale != 1 else self.judges, kind)
         free = FREE_SHARE * free_bytes(judges.device)
-        most = max_bytes or min(GPU_BYTES if judges.is_cuda else CPU_BYTES, free)
+        most = max_bytes or min(GPU_BYTES if on_gpu else CPU_BYTES, free)
         self.side = block_side(judges.shape[1], self.left.element_size(), most)
 
     def bands(self, count: int, max_bytes: int | None) -> Iterator[range]:

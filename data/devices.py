@@ -51,9 +51,12 @@ def device_generator(device: torch.device, *, generator: torch.Generator) -> tor
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device, within a container's limit where there is one; a rough figure."""
+    """Memory that can still be taken on the device, within a container's limit where there is one; a rough figure.
+    Tensors of `meta` take none."""
     import torch
 
+    if device.type == "meta":
+        return sys.maxsize
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -98,7 +98,9 @@ def profile(asked: Asked, run: Path, *, command: str, as_json: bool) -> str:
         samples = sample(workload, own, asked.device,
                          say=lambda stage: bar(f"profile: {stage}", next(done), len(workload.stages)))
         rates, basis = _rates(asked)
-    stages = stage_profiles(workload, samples, rates)
+        untimed = any(samples[stage.name].seconds is None for stage in workload.stages)
+        here = (rates if asked.target == HERE else measured_rates(asked.device)) if untimed else None
+    stages = stage_profiles(workload, samples, rates, here)
     seconds, peak, limit = whole(stages), peak_bytes(stages, memory), _limit(asked.task)
     found = verdict(seconds, limit, peak, memory, planned=workload.planned)
     notes = [*workload.notes, *_group_notes(workload, memory)]
@@ -171,7 +173,7 @@ def _print(asked: Asked, workload: Workload, stages: list[StageProfile], record:
         flop = total(stage.costs).flop
         table.add_row(stage.name, stage.units, _number(flop / 1e12) if flop else "-",
                       "-" if stage.host else _number(stage.peak_bytes / GIB),
-                      "-" if stage.here is None else _number(stage.here), _span(stage.predicted), bar)
+                      _here(stage), _span(stage.predicted), bar)
     out = console()
     out.print(table)
     seconds = Range(*record["seconds"])
@@ -180,6 +182,8 @@ def _print(asked: Asked, workload: Workload, stages: list[StageProfile], record:
               f"{record['peak_gib']:.1f} of {record['memory_gib']:.0f} GiB; largest that surely fits: about "
               f"{record['largest_' + SIZES[asked.task]]} {SIZES[asked.task]}", style="bold")
     out.print(f"rates: {record['rates']}", style="dim")
+    if any(stage.guessed for stage in stages):
+        out.print("~: predicted from a short benchmark of this machine, as a sample would take minutes", style="dim")
     for note in record["notes"]:
         out.print(f"note: {note}", style="dim")
     out.print(f"record: {path}", style="dim")
@@ -190,6 +194,13 @@ def _bar(stage: StageProfile, stages: list[StageProfile]) -> str:
     longest = max(other.predicted.high for other in stages) or 1.0
     low, high = (round(BAR * value / longest) for value in (stage.predicted.low, stage.predicted.high))
     return ("▓" if stage.host else "█") * low + "░" * max(0, high - low)
+
+
+def _here(stage: StageProfile) -> str:
+    """Measured, or with a mark what is predicted where measuring would take minutes."""
+    if stage.here is not None:
+        return _number(stage.here)
+    return f"~ {_span(stage.guessed)}" if stage.guessed else "-"
 
 
 def _span(seconds: Range) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,15 +24,18 @@ TIGHT_UP_TO = 1.5  # times the limit: the slow end of a range that is still call
 
 @dataclass(frozen=True)
 class Sampled:
-    """A stage in small: what it costs at some sizes, and seconds of the largest of them on this machine, if timed."""
+    """A stage in small: what it costs at some sizes; the same as this machine does it, and seconds of the largest size
+    there, if timed."""
 
     counted: Mapping[int, Counted] = field(default_factory=dict)
     seconds: float | None = None
+    own: Mapping[int, Counted] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StageProfile:
-    """At the size asked for. here: seconds on this machine; predicted: on the GPU, the host's as here."""
+    """At the size asked for. here: seconds on this machine; predicted: on the GPU, the host's as here. guessed: what
+    this machine would take for a stage that was not timed."""
 
     name: str
     units: str
@@ -43,11 +46,13 @@ class StageProfile:
     adapts: bool
     here: float | None
     predicted: Range
+    guessed: Range | None = None
 
     def record(self) -> dict:
         cost = total(self.costs)
         return {"stage": self.name, "units": self.units, "on": "host" if self.host else "device", "flop": cost.flop,
                 "bytes": cost.bytes, "calls": cost.calls, "peak_bytes": self.peak_bytes, "seconds_here": self.here,
+                "seconds_here_predicted": [self.guessed.low, self.guessed.high] if self.guessed else None,
                 "seconds": [self.predicted.low, self.predicted.high],
                 "flop_by_kind": {"-".join(key): part.flop for key, part in self.costs.items() if part.flop}}
 
@@ -60,11 +65,15 @@ def sample(workload: Workload, timed: Workload, device: torch.device, *, say: Ca
         say(stage.name)
         with TemporaryDirectory() as folder, torch.inference_mode(not stage.gradients):
             place = Place(Path(folder), device)
-            counting = Place(place.folder, torch.device("meta")) if stage.net else place
-            counted = {} if stage.host else {n: count(stage.prepare(n, counting)) for n in stage.sizes}
-            seconds = _seconds(own, stage.sizes[-1], place, clock) if _may_be_timed(stage, counted, device) else None
-        found[stage.name] = Sampled(counted, seconds)
+            counted, as_here = _counted(stage, place), _counted(own, place)
+            seconds = _seconds(own, own.sizes[-1], place, clock) if _may_be_timed(own, as_here, device) else None
+        found[stage.name] = Sampled(counted, seconds, as_here)
     return found
+
+
+def _counted(stage: Stage, place: Place) -> Mapping[int, Counted]:
+    where = replace(place, device=torch.device("meta")) if stage.net else place
+    return {} if stage.host else {n: count(stage.prepare(n, where)) for n in stage.sizes}
 
 
 def _may_be_timed(stage: Stage, counted: Mapping[int, Counted], device: torch.device) -> bool:
@@ -84,28 +93,37 @@ def _seconds(stage: Stage, size: int, place: Place, clock: Callable[[], float]) 
     return clock() - begin
 
 
-def stage_profiles(workload: Workload, samples: Mapping[str, Sampled], rates: Rates) -> list[StageProfile]:
-    """Every stage at the size of the workload."""
-    return [_profile(stage, samples[stage.name], rates) for stage in workload.stages]
+def stage_profiles(workload: Workload, samples: Mapping[str, Sampled], rates: Rates, here: Rates | None = None
+                   ) -> list[StageProfile]:
+    """Every stage at the size of the workload. here: of this machine, for stages that were not timed."""
+    return [_profile(stage, samples[stage.name], rates, here) for stage in workload.stages]
 
 
-def _profile(stage: Stage, found: Sampled, rates: Rates) -> StageProfile:
+def _profile(stage: Stage, found: Sampled, rates: Rates, own_rates: Rates | None) -> StageProfile:
     costs = scaled(_fitted_costs(stage, found.counted), stage.times)
     units = f"{stage.units} {stage.counted}" + (f" x {stage.times}" if stage.times > 1 else "")
-    here = None
+    here = guessed = None
     if found.seconds is not None:
-        here = found.seconds * _growth(stage, found, costs)
+        here = found.seconds * _growth(stage, found)
+    elif own_rates is not None:
+        guessed = own_rates.seconds(_own_costs(stage, found))
     predicted = Range(HOST[0] * here, HOST[1] * here) if stage.host else rates.seconds(costs)
     return StageProfile(stage.name, units, stage.host, costs, _peak(stage, found.counted),
-                        stage.weight_bytes, stage.adapts, here, predicted)
+                        stage.weight_bytes, stage.adapts, here, predicted, guessed)
 
 
-def _growth(stage: Stage, found: Sampled, costs: Costs) -> float:
-    """How many times the largest sample the whole is: by operations, else bytes, else units."""
+def _growth(stage: Stage, found: Sampled) -> float:
+    """How many times the largest sample the whole is on this machine: by operations, else bytes, else units."""
     if stage.host:
         return stage.units * stage.times / stage.sizes[-1]
-    whole, part = total(costs), total(found.counted[max(found.counted)].costs)
+    own = found.own or found.counted
+    whole, part = total(_own_costs(stage, found)), total(own[max(own)].costs)
     return whole.flop / part.flop if part.flop else whole.bytes / part.bytes
+
+
+def _own_costs(stage: Stage, found: Sampled) -> Costs:
+    """Of the whole as this machine does it."""
+    return scaled(_fitted_costs(stage, found.own or found.counted), stage.times)
 
 
 def _fitted_costs(stage: Stage, counted: Mapping[int, Counted]) -> Costs:

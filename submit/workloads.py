@@ -60,8 +60,8 @@ class Stage:
 
     units: of the run that is asked for, which does the stage `times` times. sizes: the n that are looked at; with one,
     cost is proportional to n, with more it is the polynomial through them. kept_bytes: of a unit, beside what the
-    stage makes, on the device. host: timed, never counted. net: counted on `meta`, its units pass in batches.
-    adapts: what it makes is cut to the memory there is, so only what is kept counts.
+    stage makes, on the device. host: timed, never counted. net: counted on `meta`, its units pass in batches unless it
+    adapts. adapts: what it makes is cut to the memory there is, so only what is kept counts.
     """
 
     name: str
@@ -207,7 +207,8 @@ def _net_stages(shape: _NetShape, scoring: object, images: int, categories: int,
     """The features of one net, and the comparison of all images by them, layer by layer."""
     from anomaly.backbone import Backbone
     from anomaly.category import COPIES
-    from anomaly.mutual_scoring import CPU_BYTES, block_side
+    from anomaly.mutual_scoring import CPU_BYTES, GPU_BYTES, block_side
+    from data.devices import half_is_faster
 
     config, width = shape.config, shape.width
     patches, layers = shape.grid[0] * shape.grid[1], len(config.layers)
@@ -220,16 +221,18 @@ def _net_stages(shape: _NetShape, scoring: object, images: int, categories: int,
         return lambda: net(pixels)
 
     def compare(n: int, place: Place) -> Work:
-        generator = torch.Generator(place.device).manual_seed(n)
+        generator = None if place.device.type == "meta" else torch.Generator(place.device).manual_seed(n)
         layer = torch.randn(n, patches, width, generator=generator, device=place.device)
         return _comparison(scoring, shape.grid, layer, half)
 
-    name, side = config.architecture, block_side(patches, dtype.itemsize, CPU_BYTES)
+    short = half or (scoring.precision != "float32" and half_is_faster(torch.device("cpu")))
+    name, side = config.architecture, block_side(patches, 2 if short else 4, GPU_BYTES if half else CPU_BYTES)
     kept = layers * patches * width * dtype.itemsize
     return [Stage(f"features, {name}", "images", images, (NET_BATCH,), features, times=categories, kept_bytes=kept,
                   weight_bytes=4 * shape.weights, net=True),
             Stage(f"compare, {name}", "images", images, tuple(k * side for k in BLOCKS), compare,
-                  times=categories * layers, kept_bytes=kept + COPIES * patches * width * 4, adapts=True)]
+                  times=categories * layers, kept_bytes=kept + COPIES * patches * width * 4, net=half,
+                  adapts=True)]
 
 
 def _comparison(scoring: object, grid: tuple[int, int], layer: Tensor, half: bool) -> Work:

@@ -1,13 +1,17 @@
 """From samples in small to the size asked for, and to a verdict."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from anomaly.mutual_scoring import CPU_BYTES, GPU_BYTES, block_side
+from anomaly.presets import PRESETS
 from data.images import read_rgb
 from defense import dvae, purification
 from defense.dvae_network import NetworkConfig
 from defense.dvae_stage import StageConfig
+from submit import workloads
 from submit.op_costs import CONVOLUTION, HALF, MATMUL, SINGLE, Cost, Counted, count, total
 from submit.profiling import (
     CUT_SHORT,
@@ -98,9 +102,44 @@ def test_the_largest_size_is_what_trying_all_finds(limit):
     assert max(fitting, default=0) * 0.99 - 1 <= found <= max(fitting, default=0)
 
 
+def comparison(preset, images, half):
+    return next(s for s in anomaly(preset, images, 1, half).stages if s.name.startswith("compare"))
+
+
+@pytest.mark.parametrize("preset", ["embedded", "report", "musc"])
+def test_the_comparison_on_a_gpu_is_counted_in_the_blocks_of_a_gpu(tmp_path, preset):
+    compare, (shape, *_) = comparison(preset, 10, True), workloads._net_shapes(preset)
+    patches, degrees = shape.grid[0] * shape.grid[1], len(PRESETS[preset].scoring.degrees)
+    side = block_side(patches, 2, GPU_BYTES)
+    assert compare.sizes == (2 * side, 3 * side, 5 * side) and not comparison(preset, 10, False).net
+    found = count(compare.prepare(3 * side, Place(tmp_path, torch.device("meta")))).costs[MATMUL, HALF]
+    assert found.calls == degrees * 6  # of 3 x 3 blocks the upper half
+    by_hand = 2 * degrees * 6 * (side * patches) ** 2 * shape.width
+    assert by_hand < found.flop < 1.07 * by_hand  # a few columns more, for the norms
+
+
+def test_a_comparison_counted_without_numbers_costs_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("anomaly.mutual_scoring.GPU_BYTES", CPU_BYTES)
+    made = comparison("embedded", 10, False)
+    real, on_meta = (count(made.prepare(9, Place(tmp_path, torch.device(d)))) for d in ("cpu", "meta"))
+    for key, cost in real.costs.items():
+        found = on_meta.costs[key]
+        assert found.flop == pytest.approx(cost.flop, rel=0.05)  # numbers a patch for its norm: more in bfloat16
+        assert (found.calls, found.bytes) == pytest.approx((cost.calls, cost.bytes), rel=0.1)  # no place is mended
+
+
+def test_what_is_not_timed_here_is_predicted_for_here():
+    samples = {"work": Sampled({2: counted(50)}, None, {2: counted(20)})}
+    (found,) = stage_profiles(Workload("", (stage(4, (2,)),)), samples, RATES, RATES)
+    assert found.here is None and found.predicted == Range(5, 10) and found.guessed == Range(2, 4)
+    assert found.record()["seconds_here_predicted"] == [2, 4]
+    (found,) = stage_profiles(Workload("", (stage(4, (2,)),)), {"work": replace(samples["work"], seconds=1.0)}, RATES)
+    assert found.here == 2 and found.guessed is None
+
+
 @pytest.mark.parametrize(("images", "tolerance"), [(20, 1e-9), (23, 0.05)])  # whole blocks of 5, and not
 def test_a_comparison_costs_what_the_polynomial_of_small_ones_says(tmp_path, images, tolerance):
-    compare = next(s for s in anomaly("embedded", images, 1, True).stages if s.name.startswith("compare"))
+    compare = comparison("embedded", images, False)
     small = {n: total(count(compare.prepare(n, Place(tmp_path, CPU))).costs).flop for n in compare.sizes}
     truth = total(count(compare.prepare(images, Place(tmp_path, CPU))).costs).flop
     assert through(small, images) == pytest.approx(truth, rel=tolerance)

@@ -16,7 +16,8 @@ class Stage:
     name: str
     units: str
     host: bool
-    here: float | None  # seconds measured or estimated on the machine that made the record
+    here: float | None  # seconds measured on the machine that made the record
+    guessed: tuple[float, float] | None  # seconds predicted for it where none were measured
     low: float  # seconds predicted
     high: float
     start: float  # of the bar's uncertain part and its end, percent of the longest
@@ -46,5 +47,6 @@ def section(run: Run) -> ProfileSection:
 
 def _stage(stage: Mapping[str, Any], longest: float) -> Stage:
     low, high = stage["seconds"]
-    return Stage(stage["stage"], stage["units"], stage["on"] == "host", stage["seconds_here"], low, high,
-                 100 * low / longest, 100 * high / longest, stage["peak_bytes"] / 2**30)
+    return Stage(stage["stage"], stage["units"], stage["on"] == "host", stage["seconds_here"],
+                 stage.get("seconds_here_predicted"), low, high, 100 * low / longest, 100 * high / longest,
+                 stage["peak_bytes"] / 2**30)
