@@ -22,7 +22,7 @@ from data.errors import InputError, expect
 
 MAX_BYTES = 2**28  # of one block and what is computed from it
 QUERY_BLOCK = 256  # queries compared with a block at a time
-MANY = 8  # times k candidates of a block: then images lie too close together for bfloat16 to tell them apart
+MANY = 8  # times k candidates of a block: then images lie too close together for bfloat16, or are equal
 
 
 class Gallery(Protocol):
@@ -61,13 +61,17 @@ class ExactGallery:
         rows = torch.full_like(scores, -1, dtype=torch.long)
         coarse = queries.device.type == "cpu" and half_is_faster(queries.device)
         for start, block in blocks(self.vectors, self._block_rows(len(queries)), queries.device):
-            unit = unit_rows(block, "gallery", start)
+            unit, leading = unit_rows(block, "gallery", start), None
             for i in range(0, len(queries), QUERY_BLOCK):
                 part = slice(i, i + QUERY_BLOCK)
                 found = _candidates(directions[part], unit, scores[part, -1], k, coarse)
                 if coarse and len(found[0]) > MANY * k * len(queries[part]):
                     coarse = False
                     found = _candidates(directions[part], unit, scores[part, -1], k, coarse)
+                if len(found[0]) > MANY * k * len(queries[part]):
+                    if leading is None:
+                        leading = _first_twins(block, k)
+                    found = tuple(pairs[leading[found[1]]] for pairs in found)
                 exact = self._exact(queries[part], block, *found)
                 scores[part], rows[part] = _merged(scores[part], rows[part], found[0], exact, found[1] + start)
         return scores, rows
@@ -176,6 +180,17 @@ def _candidates(queries: Tensor, block: Tensor, worst: Tensor, k: int, coarse: b
         floor = torch.maximum(floor, cosines.topk(k).values[:, -1])
     query, row = (cosines >= (floor - slack)[:, None]).nonzero(as_tuple=True)
     return hopeful[query], row
+
+
+def _first_twins(block: Tensor, k: int) -> Tensor:
+    """(B,) bool: the first k rows of those that are equal bit by bit. The others come after them for every query."""
+    rows = block.contiguous().view(torch.uint8).cpu().numpy()
+    _, kinds = np.unique(rows.view(np.dtype((np.void, rows.shape[1])))[:, 0], return_inverse=True)
+    order = np.argsort(kinds, kind="stable")
+    sorted_kinds = kinds[order]
+    first = np.empty(len(rows), dtype=bool)
+    first[order] = np.arange(len(rows)) - np.searchsorted(sorted_kinds, sorted_kinds) < k
+    return torch.from_numpy(first).to(block.device)
 
 
 def _slack(width: int, coarse: bool) -> float:

@@ -114,6 +114,9 @@ class Parser:
     @torch.inference_mode()
     def parse(self, texts: list[str], *, batch: int | None = None) -> list[Modification]:
         """The objects each text adds and removes, in the order of the texts; the same in one batch or many."""
+        expect(not isinstance(texts, str), "texts", "a list of texts", "one text")
+        for row, text in enumerate(texts):
+            expect(isinstance(text, str), f"text in row {row}", "a string", type(text).__name__)
         batch = batch or (_CPU_BATCH * torch.get_num_threads() if self.model.device.type == "cpu" else _GPU_BATCH)
         words = [split_words(text) for text in texts]
         encoded = self.encode(words)

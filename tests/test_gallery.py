@@ -75,6 +75,24 @@ def test_among_equals_the_lowest_row_wins_in_every_block(block):
     assert_same(found, full_matrix(queries, vectors, 20))
 
 
+def test_of_many_equal_rows_only_the_first_are_scored(monkeypatch):
+    """Galleries with the same image thousands of times: every one was scored for every query."""
+    distinct, queries = randn(3, 6, seed=1), randn(5, 6)
+    vectors = distinct[torch.randint(3, (400,), generator=torch.Generator().manual_seed(2))]
+    scored = []
+    monkeypatch.setattr(gallery, "_cosines", lambda a, b, own=gallery._cosines: scored.append(len(a)) or own(a, b))
+    found = ExactGallery(vectors, max_bytes=bytes_for(200, 6, 5)).search(queries, 2)
+    assert_same(found, full_matrix(queries, vectors, 2))
+    assert sum(scored) <= 2 * 5 * max(3 * 2, gallery.MANY * 2)  # two blocks, five queries, two best
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_first_of_equal_rows_are_told_in_every_type(kind):
+    rows = torch.tensor([[1, 2], [3, 4], [1, 2], [1, 2], [3, 4], [5, 6]], dtype=kind)
+    assert gallery._first_twins(rows, 1).tolist() == [True, True, False, False, False, True]
+    assert gallery._first_twins(rows, 2).tolist() == [True, True, True, False, True, True]
+
+
 def test_a_gallery_of_one_image_many_times_comes_in_its_order(block):
     vectors = randn(1, 300).expand(90, 300)
     scores, rows = ExactGallery(vectors, max_bytes=bytes_for(block, 300, 2)).search(randn(2, 300, seed=1), 40)

@@ -332,6 +332,16 @@ def test_training_writes_a_folder_that_loads_and_repeats(tmp_path):
     assert isinstance(load_parser(tmp_path / "one", CPU), Parser)
 
 
+@pytest.mark.parametrize(("texts", "message"), [
+    (["add a cup", float("nan")], "text in row 1: expected a string, found float"),
+    ([None], "text in row 0: expected a string, found NoneType"),
+    (["add a cup", "", b"add a pan"], "text in row 2: expected a string, found bytes"),
+    ("add a cup", "texts: expected a list of texts, found one text")])
+def test_what_is_no_text_is_named_by_row_and_type(refuses, texts, message):
+    with refuses(message):
+        parse(texts)
+
+
 def test_bad_folders_and_settings_are_refused(tmp_path, refuses):
     with refuses(r"config.json: expected a file of a trained parser, found nothing"):
         load_parser(tmp_path, CPU)
