@@ -166,7 +166,8 @@ def package(
 def check(
     path: Annotated[Path, typer.Argument(help="Folder or zip of a submission.")],
     task: Annotated[OneTask | None, typer.Option(help="Default: the task whose files lie there.")] = None,
-    resolve: Annotated[bool, typer.Option("--resolve", help="Also ask pip whether it finds the requirements.")] = False,
+    resolve: Annotated[bool, typer.Option(
+        "--resolve", help="Also ask pip whether it finds the requirements; takes minutes.")] = False,
     rules: RulesFolder = None, json: Json = False,
 ) -> None:
     """Look a submission through for everything that a judge would refuse, one line a result; runs nothing of it."""

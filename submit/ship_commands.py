@@ -38,6 +38,9 @@ def check(path: Path, *, task: str | None, resolve: bool, rules: Path | None, as
 
     use_rules(rules)
     with opened(path, task) as submission:
+        if resolve:
+            print("asking pip for the requirements: minutes where it downloads them to read what they need",
+                  file=sys.stderr)
         verdicts = look_through(submission, resolve=resolve)
         task = submission.task
     broken = sum(len(verdict.broken) for verdict in verdicts)

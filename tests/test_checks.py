@@ -293,7 +293,8 @@ def test_pip_is_asked_only_on_request(package, capsys, monkeypatch):
 
     monkeypatch.setattr("submit.check_source.subprocess.run", lambda command, **_: calls.append(command) or Done)
     assert run(capsys, "check", package("backdoor"))[0] == 0 and not calls
-    status, out, _ = run(capsys, "check", package("backdoor"), "--resolve")
+    status, out, err = run(capsys, "check", package("backdoor"), "--resolve")
+    assert err.startswith("asking pip for the requirements: minutes")
     assert status == 1 and "resolution    requirements.txt: No matching distribution found for torch==2.4.0" in out
     assert calls[0][calls[0].index("--python-version") + 1] == "3.10" and "--dry-run" in calls[0]
 

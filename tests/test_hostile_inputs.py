@@ -1,4 +1,7 @@
-"""What strangers may hand in to do harm, built here and given to the commands: each is refused or held, and named."""
+"""What strangers may hand in to do harm, built here and given to the commands: each is refused or held, and named.
+
+Packages that fork, hang, fill the disk or call home, a run.sh among them, are run in `test_judge_run.py`.
+"""
 import io
 import json
 import os
@@ -104,6 +107,13 @@ def archive(path, *entries):
     return path
 
 
+def nested(folder):
+    """A submission that holds zeros packed twice more: what lies within is not unpacked."""
+    inner = archive(folder / "inner.zip", ("zeros", bytes(10**7)))
+    middle = archive(folder / "middle.zip", ("inner.zip", inner.read_bytes()))
+    return archive(folder / "p.zip", ("main.py", b""), ("inner.zip", middle.read_bytes()))
+
+
 def linked(folder):
     """A submission with a link to a file of the judge's."""
     (folder / "mine").mkdir()
@@ -160,7 +170,8 @@ INPUTS = {
     "a zip that unpacks to far more than it has": lambda f: (
         ["check", archive(f / "p.zip", ("main.py", b""), ("zeros", bytes(2 * 10**7)))],
         r"broken size zeros: 20000000 bytes in all"),
-    "a link out of a submission": lambda f: (["check", linked(f)], r"secrets\.txt"),
+    "a zip in a zip in a zip": lambda f: (["check", nested(f)], r"broken unneeded inner\.zip:"),
+    "a link out of a submission": lambda f: (["check", linked(f)], r"broken links secrets\.txt: a link"),
     "a record with a number for its results": lambda f: (
         ((f / "a-score-b").mkdir(), (f / "a-score-b" / "record.json").write_text('{"results": 5}'),
          ["report", f / "a-score-b"])[2], r"record\.json: expected"),
@@ -193,9 +204,12 @@ def test_the_payload_works_on_a_careless_reader(tmp_path):
     assert (tmp_path / MARK).exists()
 
 
-def test_texts_of_strangers_do_not_act_on_a_terminal_or_a_page(capsys, tmp_path):
-    root = scenes(tmp_path, text="<script>alert(1)</script> [red]add[/red] a cup")
+def test_names_and_texts_of_strangers_do_not_act_on_a_terminal_or_a_page(capsys, tmp_path):
+    name = "<img src=x onerror=alert(2)>.png"
+    root = scenes(tmp_path, target=name, text="<script>alert(1)</script> [red]add[/red] a cup")
+    shutil.copy(root / "images" / "b.png", root / "images" / name)
     predictions = embeddings(tmp_path, npy(np.ones((2, 2), np.float32)))
+    np.save(predictions / "database_embeddings.npy", np.ones((2, 2), np.float32))
     status, out, _ = run(capsys, *score("retrieval", "--data", root, "--predictions", predictions, "--json"), "--runs",
                          tmp_path / "runs")
     assert status == 0 and "<script>alert(1)</script> [red]add[/red]" in json.dumps(json.loads(out))
@@ -203,3 +217,4 @@ def test_texts_of_strangers_do_not_act_on_a_terminal_or_a_page(capsys, tmp_path)
     status, _, _ = run(capsys, "report", record.parent, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert status == 0 and "<script" not in page.lower() and "&lt;script&gt;" in page
+    assert "<img src=x" not in page and "&lt;img src=x onerror=alert(2)&gt;" in page
