@@ -11,9 +11,7 @@ no table. Exit status 3 where networks are left.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +27,8 @@ from benchmarks.detector_tables import lines, tables
 from benchmarks.detector_verdicts import DETECTORS, asked_detectors, verdict
 from benchmarks.options import TIME_UP, add_device, add_minutes, add_out, device_of, record_file
 from benchmarks.time_limit import TimeLimit
-from benchmarks.work_pool import within_time
+from benchmarks.work_pool import threads_each, within_time
+from benchmarks.zoo_work import image_key, job_kind
 from data.errors import InputError, expect
 from data.files import fingerprint, write_json
 from data.image_sets import ImageSet
@@ -41,7 +40,6 @@ from submit.kept_units import as_json, code_of_modules
 from submit.records import environment, peak_memory_gib
 from submit.zoo_commands import read_set, victim_line
 
-SLOW = ("ssba", "input_aware", "trojannn")  # attacks that train a network of their own first
 ORDER_SEED = 0
 _SETS: dict[str, tuple[ImageSet, ImageSet]] = {}  # of a worker process
 
@@ -71,10 +69,7 @@ class Task:
 
 
 def kind(task: Task) -> str:
-    """Networks of a kind take about as long as each other."""
-    job = task.job
-    parts = [job.set_name, "adversarial" if job.victim.radius else "", job.attack if job.attack in SLOW else ""]
-    return " ".join(part for part in parts if part)
+    return job_kind(task.job)
 
 
 def in_fair_order(work: Sequence[ZooJob]) -> list[ZooJob]:
@@ -87,12 +82,6 @@ def in_fair_order(work: Sequence[ZooJob]) -> list[ZooJob]:
     drawn = [[group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
              for group in groups.values()]
     return [group[i] for i in range(max(map(len, drawn))) for group in drawn if i < len(group)]
-
-
-def image_key(parts: Sequence[ImageSet]) -> str:
-    """Names the images and labels of a set."""
-    tensors = [tensor.contiguous().numpy() for part in parts for tensor in (part.images, part.labels)]
-    return fingerprint([tensor.shape for tensor in tensors], [hashlib.sha256(tensor).hexdigest() for tensor in tensors])
 
 
 def tasks_of(recipe: Recipe, sets: Sets, folder: Path, detectors: Sequence[str], device: torch.device) -> list[Task]:
@@ -152,12 +141,14 @@ def train_and_judge(tasks: Sequence[Task], sets: Sets, limit: TimeLimit, workers
             limit.took(kind(task), unit["seconds"])
     if not lacking or not any(limit.fits(kind(task)) for task in lacking):
         return
-    threads = 1 if tasks[0].device.type == "cpu" else max(1, (os.cpu_count() or 1) // workers)
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "sets.safetensors"
         write_sets(file, {name: sets[name] for name in {task.job.set_name for task in lacking}})
+        prepared = (file, threads_each(tasks[0].device, workers))
         for task, unit, error in within_time(measured, lacking, kind, limit, workers=min(workers, len(lacking)),
-                                             initializer=prepare, initargs=(file, threads)):
+                                             initializer=prepare, initargs=prepared):
+            if unit:
+                limit.took(kind(task), unit["seconds"])
             yield f"{task.job.name}: left out, {type(error).__name__}: {error}" if error else _line(task, unit)
 
 

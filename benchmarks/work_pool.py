@@ -1,12 +1,14 @@
 """Pieces of work side by side as long as the time lasts, each with a kind by which its seconds are foreseen."""
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
+
+import torch
 
 from benchmarks.time_limit import TimeLimit
 
@@ -30,27 +32,29 @@ def within_time(work: Callable[[Any], Any], items: Sequence[Any], kind: Callable
                 workers: int, initializer: Callable[..., None], initargs: tuple = ()
                 ) -> Iterator[tuple[Any, Any, Exception | None]]:
     """(item, work(item), None), or (item, None, error), as they are done; an item that would not end in time is passed
-    over, and those under way end. Each worker process is prepared by `initializer`; one worker is this process."""
+    over, and those under way end. How long one took is for the caller to tell the limit. initializer: prepares each
+    worker process; one worker is this process."""
     pool = Here(initializer, initargs) if workers == 1 else \
         ProcessPoolExecutor(workers, get_context("spawn"), initializer, initargs)
     waiting, running = list(items), {}
     with pool:
         while True:
             while len(running) < workers and (item := _next(waiting, kind, limit)) is not None:
-                start = time.monotonic()
                 try:
-                    running[pool.submit(work, item)] = (item, start)
+                    running[pool.submit(work, item)] = item
                 except BrokenProcessPool as death:  # a worker was killed, perhaps for memory: nothing more can start
                     waiting.clear()
                     yield item, None, death
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item, start = running.pop(future)
-                error = future.exception()
-                if error is None:
-                    limit.took(kind(item), time.monotonic() - start)
+                item, error = running.pop(future), future.exception()
                 yield item, None if error else future.result(), error
+
+
+def threads_each(device: torch.device, workers: int) -> int:
+    """Threads of a worker: one on a CPU, where sums must not depend on the machine, else its share of the cores."""
+    return 1 if device.type == "cpu" else max(1, (os.cpu_count() or 1) // workers)
 
 
 def _next(waiting: list[Any], kind: Callable[[Any], str], limit: TimeLimit) -> Any | None:

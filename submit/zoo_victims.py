@@ -62,7 +62,7 @@ def read_victim(sample: ZooModel, data: Path | None, triggers: Path, *, device: 
     """The sample with its set, from `data` unless built in, and its trigger, kept in `triggers`; on `device` but for
     the model. InputError where the record does not tell them, or where ACC or ASR show that they are others."""
     record = _checked_record(sample)
-    train, test = _sets(record["set"], _side(sample), record.get("train_images", 0), data)
+    train, test = sets_of(record["set"], _side(sample), record.get("train_images", 0), data)
     train, test = train.to(device), test.to(device)
     expect(train.num_classes == sample.num_classes, f"{sample.folder} num_classes",
            f"{train.num_classes}, as {record['set']} has", sample.num_classes)
@@ -100,7 +100,8 @@ def _side(sample: ZooModel) -> int:
 
 
 @lru_cache(maxsize=1)  # the networks of one set mostly follow each other
-def _sets(name: str, side: int, count: int, data: Path | None) -> tuple[ImageSet, ImageSet]:
+def sets_of(name: str, side: int, count: int, data: Path | None) -> tuple[ImageSet, ImageSet]:
+    """Both halves of the set, `count` training images of it (0 = all), on the CPU; kept until another is asked for."""
     return read_set(SetPlan(name, size=side, images=count), data)
 
 
