@@ -128,22 +128,23 @@ def state(step: Step, place: Place) -> str:
     return "to be done" if left is None else f"{left} left"
 
 
-def chosen_steps(names: Sequence[str] | None) -> list[Step]:
+def chosen_steps(names: Sequence[str] | None, tiny: bool) -> list[Step]:
     known = [step.name for step in STEPS]
     for name in names or ():
         expect(name in known, "--only", f"some of {', '.join(known)}", name)
-    return [step for step in STEPS if not names or step.name in names]
+    return [step for step in STEPS if step.name in (names or known) and step.arguments(tiny)]
 
 
 def checked_device(device: str, tiny: bool) -> dict[str, str]:
-    """The variable that steps go by. InputError where there is no GPU, unless small runs on a CPU are asked for."""
+    """The variables that steps go by. InputError where there is no GPU, unless small runs on a CPU are asked for."""
     import torch
 
     if device == "cpu":
         expect(tiny, "--device cpu", "--tiny with it: full size is meant for a GPU", "none")
     else:
         expect(torch.cuda.is_available(), "--device", "a CUDA GPU, or --device cpu --tiny", "no CUDA GPU here")
-    return {VARIABLE: device}
+    threads = {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}  # tensors are tiny then
+    return {VARIABLE: device, "OMP_WAIT_POLICY": "PASSIVE", **threads}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     place = Place(options.tiny, options.data, options.start)
     try:
-        steps = chosen_steps(options.only)
+        steps = chosen_steps(options.only, options.tiny)
         variables = {} if options.list else checked_device(options.device, options.tiny)
     except InputError as error:
         parser.error(str(error))
