@@ -104,6 +104,7 @@ def run_all(steps: Sequence[Step], place: Place, limit: TimeLimit, variables: Ma
             say(f"{step.name}: no time, needs {step.least:g} minutes of which {minutes:.1f} are left")
             continue
         command = place.command(step, minutes)
+        place.out(step).parent.mkdir(parents=True, exist_ok=True)  # checkpoints lie beside weights
         say(f"{step.name}: {' '.join(command[1:])}")
         status = run_step(command, 60 * minutes + GRACE, variables)
         if status is None:
