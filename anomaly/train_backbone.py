@@ -58,17 +58,20 @@ class TrainingConfig:
 
 
 def train(folder: Path, *, seed: int = 0, config: TrainingConfig | None = None, backbone_config: BackboneConfig = SMALL,
-          progress: Callable[[str], None] | None = None) -> dict:
+          device: torch.device | None = None, progress: Callable[[str], None] | None = None) -> dict:
     """Train the backbone and write config.json, model.safetensors (float16) and card.json to the new `folder`.
 
-    Returns the card. Runs on the CPU with the caller's number of threads; `progress` gets a line now and then.
+    Returns the card. device: of the steps; surfaces are drawn and figures measured on the CPU, which is the default,
+    with the caller's number of threads. `progress` gets a line now and then.
     """
     config = config or TrainingConfig()
     expect(not folder.exists(), folder, "a path where nothing lies yet", "an existing file or folder")
     start = time.monotonic()
     backbone = _fresh(backbone_config, seed)
     before = validation_figures(backbone)
+    backbone.to(device or "cpu")
     seconds = _optimise(backbone, config, seed, folder.with_name(folder.name + ".checkpoint.pt"), progress)
+    backbone.to("cpu")
     half = {name: value.half().contiguous() for name, value in backbone.net.state_dict().items()}
     backbone.net.load_state_dict({name: value.float() for name, value in half.items()})  # figures of what is stored
     card = {"command": COMMAND, "seed": seed, "seconds": round(seconds), "training": asdict(config),
@@ -138,7 +141,7 @@ def _resumed(checkpoint: Path, backbone: Backbone, optimiser: torch.optim.Optimi
     """Step and seconds to go on from: those of a checkpoint of the same training, else 0."""
     if not checkpoint.is_file():
         return 0, 0.0
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     expect(state["of"] == of, checkpoint, f"the checkpoint of {of}", state["of"])
     backbone.net.load_state_dict(state["net"])
     optimiser.load_state_dict(state["optimiser"])
@@ -149,8 +152,9 @@ def _resumed(checkpoint: Path, backbone: Backbone, optimiser: torch.optim.Optimi
 def _step(backbone: Backbone, optimiser: torch.optim.Optimizer, config: TrainingConfig, seed: int, step: int) -> float:
     generator = Generator().manual_seed(seed * 100_000 + step)
     images, changed = texture_set(config.normal, config.disturbed, backbone.config.size[0], generator=generator)
-    share = patch_share(changed, backbone.grid)
-    loss = ranking_loss(set_scores(backbone(images)), share)
+    device = next(backbone.parameters()).device
+    share = patch_share(changed, backbone.grid).to(device)
+    loss = ranking_loss(set_scores(backbone(images.to(device))), share)
     optimiser.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.clip)
@@ -182,10 +186,10 @@ def _plain_scores(patches: Tensor) -> Tensor:
     count = len(patches)
     with torch.no_grad():  # which patch is nearest; the gradient needs the chosen pairs only
         nearest = torch.stack([torch.stack([(one @ other.T).argmax(-1) for other in patches]) for one in patches])
-    images = torch.arange(count)[None, :, None]
+    images = torch.arange(count, device=patches.device)[None, :, None]
     apart = patches[:, None] - patches[images, nearest]  # (N, N, L, D)
     distance = apart.square().sum(-1).clamp_min(1e-6).sqrt()  # bounded off 0: the root has no slope there
-    own = torch.eye(count, dtype=torch.bool)[:, :, None]
+    own = torch.eye(count, dtype=torch.bool, device=patches.device)[:, :, None]
     closest = distance.masked_fill(own, 9.0).sort(1).values
     return closest[:, :min(count - 1, max(2, count // 3))].mean(1)
 

@@ -2,15 +2,16 @@
 
 Nets have random weights: time does not depend on them. Each stage in seconds; the share of the device's measured
 matrix-product peak that features and mutual scoring reach; and what that means for ten such categories on an RTX 4090,
-whose 16-bit peak with float32 sums is 165 TFLOP/s, if both reach the same share there. Writes
-benchmarks/records/anomaly_category_NAME.json. Meant for a GPU; `--preset embedded --images 40` runs on a CPU.
+whose 16-bit peak with float32 sums is 165 TFLOP/s, if both reach the same share there. Meant for a GPU;
+`--preset embedded --images 40` runs on a CPU. Writes benchmarks/records/anomaly_category_PRESET_IMAGES_DEVICE.json.
 """
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from anomaly.category import Nets, category_features, tiles_of
 from anomaly.pipeline import category_scores, feature_scores
 from anomaly.presets import PRESETS, preset
 from anomaly.score_files import write_scores
+from benchmarks.options import RECORDS, add_device, device_of
 from data.anomaly_tree import AnomalyImage
 from data.devices import half_is_faster
 from data.files import write_json
-from submit.records import environment
+from submit.calibration import synchronize
+from submit.records import environment, peak_memory_gib
 from submit.scoring import anomaly_metrics
 
 RTX_4090 = 165e12  # multiply-adds count two
@@ -35,12 +38,10 @@ SIDE, PEAK_SIDE = 800, 8192
 
 
 def timed(function: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     value = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start, value
 
 
@@ -112,13 +113,17 @@ def measured(name: str, count: int, device: torch.device) -> dict:
                                    "limit_hours": LIMIT_HOURS}}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="report", choices=sorted(PRESETS))
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    record = measured(options.preset, options.images, torch.device(options.device))
+    add_device(parser)
+    parser.add_argument("--out", type=Path, help="record; default as above")
+    options = parser.parse_args(arguments)
+    if options.images < 2:
+        parser.error(f"--images: expected >= 2, found {options.images}")
+    device = device_of(options, parser)
+    record = measured(options.preset, options.images, device)
     for stage, seconds in record["seconds"].items():
         print(f"{stage:22} {seconds:8.2f} s")
     print(f"share of the peak of {record['peak_tflops']:.2f} TFLOP/s:",
@@ -127,9 +132,11 @@ def main() -> None:
     print(f"RTX 4090, predicted: {guess['seconds_a_category']:.0f} s a category, {guess['hours_of_ten']:.2f} of "
           f"{LIMIT_HOURS} h for ten")
     command = f"python -m benchmarks.anomaly_category --preset {options.preset} --images {options.images}"
-    write_json(Path(__file__).parent / "records" / f"anomaly_category_{options.preset}_{options.device}.json",
-               {"command": f"{command} --device {options.device}", **record, "environment": environment()})
+    file = RECORDS / f"anomaly_category_{options.preset}_{options.images}_{device.type}.json"
+    write_json(options.out or file, {"command": f"{command} --device {device}", **record,
+                                     "peak_memory_gib": peak_memory_gib(), "environment": environment()})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,11 +5,15 @@ trunk run for both images of every row in every epoch; seconds of one core. Rows
 the target of about three. With every image in one row only, the best possible ratio would be 10 to 1.
 Gain: 10,000 training requests; the rate and the epoch are chosen on the hard gallery of VALIDATION, and the head as it
 was is among the choices; reported on DEVELOPMENT (benchmarks.composers). On the embedded encoder, which was trained to
-compose, and on one trained on captions alone.
+compose, and on one trained on captions alone; the latter is trained first, about ten minutes on one thread, once.
+`--full` is benchmarks.encoder_speed: the time of ViTamin-L-384 on random weights, meant for a GPU.
 """
 from __future__ import annotations
 
+import argparse
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import encoder_speed
 from benchmarks.caption_encoder import caption_encoder
 from benchmarks.composers import Split, Way, cells, embedded_split, rates
+from benchmarks.options import add_out, record_file
 from data.files import write_json
 from data.scenes import (
     DEVELOPMENT,
@@ -154,27 +160,53 @@ def hard_rates(split: Split, weight: Tensor, texts: TextCache) -> dict:
     return rates(found(split, weight, texts), split)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if "--full" in given:
+        return encoder_speed.main([part for part in given if part != "--full"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="benchmarks.encoder_speed, with its options")
+    parser.add_argument("--time-only", action="store_true", help="no gain, which needs the encoder of captions")
+    parser.add_argument("--device", default="cpu", help="cpu, whose seconds of one core are measured; with --full any")
+    add_out(parser, "head_tuning")
+    options = parser.parse_args(given)
+    if options.device != "cpu":
+        parser.error(f"--device: expected cpu, or --full, found {options.device}")
     torch.set_num_threads(1)
     embedded = load_encoder(device="cpu")
-    record = {"command": "python -m benchmarks.head_tuning", "seed": SEED, "time": timed(embedded)}
-    for name, value in record["time"].items():
+    record = {"command": "python -m benchmarks.head_tuning", "seed": SEED, **times(embedded)}
+    if not options.time_only:
+        record |= gains({"embedded encoder": embedded, "encoder of captions": caption_encoder()})
+    write_json(record_file("head_tuning", torch.device("cpu"), options.out), record | {"environment": environment()})
+    return 0
+
+
+def times(embedded: Encoder) -> dict:
+    """The record's part on time, printed."""
+    found = {"time": timed(embedded)}
+    for name, value in found["time"].items():
         print(f"{name:40s} {value}")
     draws = torch.Generator().manual_seed(SEED)
-    record["seconds of an epoch over 10,000 rows"] = {
-        "embedded encoder": timed_epoch(trunk_and_head(embedded.model)[1].weight,
-                                        torch.randn(4000, 160, generator=draws)),
+    width = trunk_and_head(embedded.model)[1].weight
+    found["seconds of an epoch over 10,000 rows"] = {
+        "embedded encoder": timed_epoch(width, torch.randn(4000, width.shape[1], generator=draws)),
         "ViTamin-L-384": timed_epoch(torch.randn(FULL[1], FULL[0], generator=draws) / 32,
                                      torch.randn(4000, FULL[0], generator=draws))}
-    print(record["seconds of an epoch over 10,000 rows"])
-    for name, encoder in (("embedded encoder", embedded), ("encoder of captions", caption_encoder())):
-        record[name] = gain(encoder)
-        print(f"{name}, hard gallery of DEVELOPMENT, true parse; chosen: {record[name]['chosen on VALIDATION']}")
-        for head, rate in record[name]["DEVELOPMENT, hard"].items():
+    print(found["seconds of an epoch over 10,000 rows"])
+    return found
+
+
+def gains(encoders: Mapping[str, Encoder]) -> dict:
+    """The record's part on what tuning brings, printed."""
+    found = {}
+    for name, encoder in encoders.items():
+        found[name] = gain(encoder)
+        print(f"{name}, hard gallery of DEVELOPMENT, true parse; chosen: {found[name]['chosen on VALIDATION']}")
+        for head, rate in found[name]["DEVELOPMENT, hard"].items():
             print(f"  {head:12s} {rate['top1']:6.2f}  {rate['interval_95']}, "
                   f"the query image wins {rate['query image wins']:.2f}")
-    write_json(Path(__file__).parent / "records" / "head_tuning.json", record | {"environment": environment()})
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

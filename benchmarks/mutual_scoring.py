@@ -3,19 +3,20 @@
 The published way takes every image as query: torch.cdist to all other images at once, nearest patch, two topk. Its
 time is that of a few queries times the number of images. Ours is that of a whole set where that takes about as long,
 else of its first rows, per pair of images. Both in one process, medians; memory in processes of their own.
-Writes benchmarks/records/mutual_scoring.json. On a CUDA GPU: `--device cuda`.
+Writes benchmarks/records/mutual_scoring.json. On a CUDA GPU: `--device cuda`. With `--minutes` sizes that would not end
+in time are left for the same command.
 """
 from __future__ import annotations
 
 import argparse
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
@@ -23,13 +24,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from anomaly.mutual_scoring import _Pairs, mutual_scores
+from benchmarks.kept_parts import measured_parts
+from benchmarks.options import TIME_UP, add_device, add_minutes, add_out, device_of, record_file
+from benchmarks.time_limit import TimeLimit
 from data.files import write_json
-from submit.records import environment
+from submit.calibration import synchronize
+from submit.records import environment, peak_memory_gib
 
 IMAGES, PATCHES, WIDTHS = (16, 64, 256), (256, 529, 1369), (384, 1024)
 PRECISIONS = ("float32", "half")
 QUERIES, RUNS = 2, 3    # of the published way; of a timing
-WHOLE = 3e11            # multiplications: larger sets are timed by their first rows
+WHOLE = {"cpu": 3e11, "cuda": 3e13}  # multiplications: larger sets are timed by their first rows
 MEMORY_AT = (64, 529, 384)
 
 
@@ -55,11 +60,11 @@ def likely_features(n: int, length: int, width: int, device: str) -> Tensor:
 def seconds(function: Callable[[], object], device: str, runs: int = RUNS) -> float:
     """Median of the runs."""
     times = []
+    synchronize(torch.device(device))
     for _ in range(runs):
         start = time.perf_counter()
         function()
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(torch.device(device))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -68,11 +73,12 @@ def our_seconds(patches: Tensor, precision: str, device: str) -> tuple[float, fl
     """Seconds of the whole set, milliseconds a pair of images, and whether the whole set was timed."""
     n, length, width = patches.shape
     pairs = n * (n + 1) / 2
-    if pairs * length ** 2 * width <= WHOLE:
+    most = WHOLE[torch.device(device).type]
+    if pairs * length ** 2 * width <= most:
         whole = seconds(lambda: mutual_scores(patches, precision=precision), device)
         return whole, 1e3 * whole / pairs, True
     operands = _Pairs(patches, None, precision, None)
-    rows = min(n, max(operands.side, int(WHOLE / (n * length ** 2 * width)) // operands.side * operands.side))
+    rows = min(n, max(operands.side, int(most / (n * length ** 2 * width)) // operands.side * operands.side))
     some = seconds(lambda: operands.nearest(range(rows)), device)
     a_pair = some / (rows * (n - rows) + rows * (rows + 1) / 2)
     return a_pair * pairs, 1e3 * a_pair, False
@@ -95,38 +101,60 @@ def compared(n: int, length: int, width: int, device: str) -> dict:
     return row
 
 
-def memory(way: str) -> float:
-    """MiB beyond the features that one way takes at MEMORY_AT; in a fresh process."""
-    patches = likely_features(*MEMORY_AT, "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(way: str, at: tuple[int, int, int], device: str) -> float:
+    """MiB beyond the features that one way takes, on a GPU of its memory; in a fresh process."""
+    patches = likely_features(*at, device)
+    on_gpu = torch.device(device).type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     published(patches, range(1)) if way == "published" else mutual_scores(patches, precision=way)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    after = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (after - before) / 2**20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
+def memories(at: tuple[int, int, int], device: str) -> dict[str, float]:
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        used = {way: round(pool.submit(memory, way).result()) for way in ("published", *PRECISIONS)}
+        used = {way: round(pool.submit(memory, way, at, device).result()) for way in ("published", *PRECISIONS)}
     print("MiB beyond the features,", used, flush=True)
-    rows = []
-    for n, length, width in product(IMAGES, PATCHES, WIDTHS):
-        rows.append(compared(n, length, width, device))
-        ratios = ", ".join(f"{p} {rows[-1][p]['times_faster']:.1f} times ({rows[-1][p]['ms_a_pair']:.2f} ms a pair)"
-                           for p in PRECISIONS)
-        slow = rows[-1]["published_seconds"]
-        print(f"N {n:3} L {length:4} D {width:4}: published {slow:.1f} s; {ratios}", flush=True)
+    return used
+
+
+def shown(row: dict) -> dict:
+    """The row, printed."""
+    ratios = ", ".join(f"{p} {row[p]['times_faster']:.1f} times ({row[p]['ms_a_pair']:.2f} ms a pair)"
+                       for p in PRECISIONS)
+    print(f"N {row['images']:3} L {row['patches']:4} D {row['width']:4}: published {row['published_seconds']:.1f} s; "
+          f"{ratios}", flush=True)
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
+    parser.add_argument("--patches", type=int, nargs="+", default=PATCHES)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    add_minutes(parser)
+    add_device(parser, "cpu")
+    add_out(parser, "mutual_scoring")
+    options = parser.parse_args(arguments)
+    if min(*options.images, 3, *options.patches, *options.widths) < 3:
+        parser.error("--images, --patches, --widths: expected >= 3, found less")
+    device, limit = device_of(options, parser), TimeLimit(options.minutes)
+    sizes = list(product(options.images, options.patches, options.widths))
+    at = MEMORY_AT if len(sizes) > 1 else sizes[0]
+    parts = {f"memory {at}": lambda: memories(at, str(device))}
+    parts |= {f"size {size}": lambda size=size: shown(compared(*size, str(device))) for size in sizes}
+    found, left = measured_parts("mutual_scoring", device, parts, limit)
+    rows, used = [row for row in found.values() if "images" in row], found.get(f"memory {at}", {})
     record = {"command": f"python -m benchmarks.mutual_scoring --device {device}", "queries": QUERIES, "rows": rows,
-              "memory_mib": {"at": MEMORY_AT, **used}, "threads": torch.get_num_threads(),
+              "memory_mib": {"at": at, **used}, "threads": torch.get_num_threads(), "left": left,
               "median_times_faster": {p: statistics.median(row[p]["times_faster"] for row in rows)
-                                      for p in PRECISIONS},
-              "least_times_faster": {p: min(row[p]["times_faster"] for row in rows) for p in PRECISIONS},
-              "environment": environment()}
-    name = "mutual_scoring" if device == "cpu" else "mutual_scoring_gpu"
-    write_json(Path(__file__).parent / "records" / f"{name}.json", record)
+                                      for p in PRECISIONS if rows},
+              "least_times_faster": {p: min(row[p]["times_faster"] for row in rows) for p in PRECISIONS if rows},
+              "peak_memory_gib": peak_memory_gib(), "environment": environment()}
+    write_json(record_file("mutual_scoring", device, options.out), record)
     print("median", record["median_times_faster"], "least", record["least_times_faster"])
+    return TIME_UP if left else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,20 +25,24 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, RandomCrop, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from data.devices import chosen_device
+from benchmarks.options import add_device, add_out, device_of, record_file
+from data.errors import InputError, expect
 from data.files import write_json
 from data.model_zoo import read_zoo
 from data.victims import VictimConfig, normalise
+from data.zoo_building import build_zoo
+from data.zoo_recipes import jobs, read_recipe
 from defense.activeness_tuning import TuningConfig
 from defense.neurons import neuron_weights
 from defense.training import Shift
 from defense.tsbd import TSBDConfig, defend
 from defense.unlearning import UnlearningConfig
+from submit.calibration import synchronize
 from submit.dev_splits import TINY_ZOO
-from submit.records import environment
+from submit.records import environment, peak_memory_gib
+from submit.zoo_commands import read_set
 from submit.zoo_victims import Victim, measured, read_victim
 
-RECORDS = Path(__file__).parent / "records"
 NEURONS = 0.15  # fixed: the choice of n is not part of the published method
 
 
@@ -122,10 +128,10 @@ def step(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tenso
 
 def clock(work: Callable[[], nn.Module], device: torch.device) -> tuple[float, float, nn.Module]:
     """(seconds, seconds of this process's CPU, what came out)."""
+    synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     found = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - wall, time.process_time() - cpu, found
 
 
@@ -149,39 +155,75 @@ def compare(victim: Victim, clean: int, config: TSBDConfig, turns: int, workers:
                              for run in runs]} for name, runs in found.items()}
 
 
-def main() -> None:
+def victim_of(options: argparse.Namespace, device: torch.device) -> Victim:
+    """The network of the zoo, or the recipe's first attacked one, trained where it is not there."""
+    if not options.recipe:
+        samples = {model.name: model for model in read_zoo(options.zoo).models}
+        expect(options.network in samples, "--network", f"one of {', '.join(samples)}", options.network)
+        return read_victim(samples[options.network], options.data, Path("runs/defend/triggers"), device=device)
+    recipe = read_recipe(options.recipe)
+    job = next((job for job in jobs(recipe) if job.attack), None)
+    expect(job, "--recipe", "one with attacks", options.recipe)
+    sets = {plan.name: read_set(plan, options.data) for plan in recipe.sets if plan.name == job.set_name}
+    folder = Path("runs/tsbd_speed") / f"{Path(options.recipe).stem}_{device.type}"
+    build_zoo(folder / "zoo", [job], sets, triggers=folder / "triggers")
+    zoo = read_zoo(folder / "zoo")
+    expect(zoo.models, "--recipe", "a network above its floors", zoo.problems[0] if zoo.problems else "none")
+    return read_victim(zoo.models[0], options.data, folder / "triggers", device=device)
+
+
+def config_of(batch: int, epochs: int) -> TSBDConfig:
+    """As published but for the number of neurons; epochs > 0 bounds those of unlearning and of tuning."""
+    unlearning, tuning = UnlearningConfig(batch=batch), TuningConfig(batch=batch)
+    if epochs:
+        unlearning, tuning = replace(unlearning, epochs=epochs), replace(tuning, epochs=epochs, steps=0)
+    return TSBDConfig(neurons=NEURONS, unlearning=unlearning, tuning=tuning)
+
+
+def options_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--zoo", type=Path, default=TINY_ZOO)
     parser.add_argument("--network", default="digits-badnets-0.1-0")
+    parser.add_argument("--recipe", help="of a zoo, in place of --zoo and --network: built in or a TOML file")
     parser.add_argument("--data", type=Path, help="folder of the image set, unless built in")
     parser.add_argument("--clean", type=int, default=144, help="clean images")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=0, help="at most, of unlearning and of tuning; 0 = as published")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="of the DataLoader; 0 = only without")
-    parser.add_argument("--out", type=Path, default=RECORDS / "tsbd_speed.json")
-    options = parser.parse_args()
-    device = chosen_device()
-    sample = next(model for model in read_zoo(options.zoo).models if model.name == options.network)
-    victim = read_victim(sample, options.data, Path("runs/defend/triggers"), device=device)
-    config = TSBDConfig(neurons=NEURONS, unlearning=UnlearningConfig(batch=options.batch),
-                        tuning=TuningConfig(batch=options.batch))
-    found = compare(victim, options.clean, config, options.turns, options.workers, device)
+    add_device(parser)
+    add_out(parser, "tsbd_speed")
+    return parser.parse_args(arguments), parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, parser = options_of(arguments)
+    device = device_of(options, parser)
+    try:
+        for name, least in (("clean", 2), ("batch", 2), ("turns", 1), ("epochs", 0), ("workers", 0)):
+            expect(getattr(options, name) >= least, f"--{name}", f">= {least}", getattr(options, name))
+        victim = victim_of(options, device)
+    except InputError as error:
+        parser.error(str(error))
+    found = compare(victim, options.clean, config_of(options.batch, options.epochs), options.turns, options.workers,
+                    device)
     medians = {name: {kind: statistics.median(runs[kind]) for kind in ("seconds", "cpu_seconds")}
                for name, runs in found.items()}
     ratio = {name: medians[name]["seconds"] / medians["ours"]["seconds"] for name in found if name != "ours"}
     ratio["obvious, CPU seconds"] = medians["obvious"]["cpu_seconds"] / medians["ours"]["cpu_seconds"]
     command = f"python -m benchmarks.tsbd_speed --clean {options.clean} --turns {options.turns}"
-    record = {"command": command, "network": options.network, "clean": options.clean,
+    record = {"command": command, "network": victim.name, "clean": options.clean, "epochs": options.epochs,
               "batch": options.batch, "workers": options.workers, "threads": torch.get_num_threads(),
               "device": str(device), "before": dict(victim.before), "runs": found, "times_faster": ratio,
-              "environment": environment()}
-    write_json(options.out, record)
+              "peak_memory_gib": peak_memory_gib(), "environment": environment()}
+    write_json(record_file("tsbd_speed", device, options.out), record)
     for name, runs in found.items():
         wall, cpu, after = *medians[name].values(), runs["after"][-1]
         print(f"{name:18} {wall:7.1f} s, {cpu:.1f} s of CPU, ACC {100 * after['ACC']:.1f}, "
               f"ASR {100 * after['ASR']:.1f}")
     print("times faster: " + ", ".join(f"{value:.2f} ({name})" for name, value in ratio.items()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

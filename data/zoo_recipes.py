@@ -56,6 +56,7 @@ class Recipe:
     repeats: int = 1                    # models of every attack and ratio, each with its own seed and target
     seed: int = 0
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    further: Mapping[str, Any] = field(default_factory=dict)  # by attack, a list of ratios that it alone also has
 
     def __post_init__(self) -> None:
         names = [plan.name for plan in self.sets]
@@ -63,6 +64,11 @@ class Recipe:
         expect(self.repeats > 0, "recipe: repeats", "> 0", self.repeats)
         for ratio in self.ratios:
             expect(0 < ratio <= 1, "recipe: ratios", "in (0, 1]", ratio)
+        for name, more in self.further.items():
+            expect(name in self.attacks, "recipe: further", f"some of {', '.join(self.attacks)}", name)
+            fits = isinstance(more, (list, tuple)) and all(isinstance(r, float) and 0 < r <= 1 for r in more)
+            expect(fits and not {*more} & {*self.ratios}, f"recipe: further {name}",
+                   "a list of shares in (0, 1] that are not in ratios", more)
         for name in {*self.attacks, *self.parameters, *(a for plan in self.sets for a in plan.adversarial_attacks)}:
             attack_config(name, self.parameters.get(name, {}), "recipe: attacks")
 
@@ -147,8 +153,10 @@ def jobs(recipe: Recipe) -> tuple[ZooJob, ...]:
 def _jobs_of(plan: SetPlan, recipe: Recipe) -> Iterator[ZooJob]:
     """Clean and attacked models in turn, as far as both last."""
     clean = [_job(plan, recipe, None, 0.0, i, plan.victim) for i in range(plan.clean)]
-    attacked = [_job(plan, recipe, attack, ratio, i, plan.victim)
-                for i in range(recipe.repeats) for ratio in recipe.ratios for attack in recipe.attacks]
+    ratios = [(attack, ratio) for ratio in recipe.ratios for attack in recipe.attacks]
+    ratios += [(attack, ratio) for attack, more in recipe.further.items() for ratio in more]
+    attacked = [_job(plan, recipe, attack, ratio, i, plan.victim) for i in range(recipe.repeats)
+                for attack, ratio in ratios]
     hard = replace(plan.victim, radius=plan.radius)
     clean += [_job(plan, recipe, None, 0.0, i, hard) for i in range(plan.adversarial_clean)]
     attacked += [_job(plan, recipe, attack, recipe.ratios[0], 0, hard) for attack in plan.adversarial_attacks]

@@ -110,10 +110,12 @@ def composition_loss(images: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
 
 
 def train(folder: Path, *, seed: int = 0, cfg: TrainingConfig | None = None,
-          progress: Callable[[str], None] | None = None, checks: int = 300, dev_queries: int = 1000) -> dict:
+          device: torch.device | None = None, progress: Callable[[str], None] | None = None, checks: int = 300,
+          dev_queries: int = 1000) -> dict:
     """Train and write the folder `load_encoder` reads; returns the card, which is written beside the weights.
 
     An interrupted run goes on from its last checkpoint (`<folder>.partial`, for the same seed, config and generator).
+    device: of the steps; scenes are drawn and figures measured on the CPU, which is the default.
     checks: validation queries at each checkpoint, reported only. dev_queries: size of the measured development split.
     """
     cfg = cfg or TrainingConfig()
@@ -121,7 +123,9 @@ def train(folder: Path, *, seed: int = 0, cfg: TrainingConfig | None = None,
     expect(not folder.exists(), folder, "a path where nothing lies yet", "an existing file or folder")
     encoder, model_cfg = new_encoder(cfg, seed=seed)
     partial = folder.with_name(f".{folder.name}.partial")
+    encoder.model.to(device or "cpu")
     seconds = _optimise(encoder, cfg, seed, partial, say, checks)
+    encoder.model.cpu()
     card = finish(folder, encoder, model_cfg, cfg, seed=seed, seconds=seconds, dev_queries=dev_queries)
     partial.unlink(missing_ok=True)
     return card
@@ -161,7 +165,7 @@ def _optimise(encoder: Encoder, cfg: TrainingConfig, seed: int, partial: Path,
     model = encoder.model.requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), lr=cfg.rate, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, cfg.steps))
-    prompts = encoder.vocabulary.encode([PROMPT.format(name) for name in NAMES])
+    prompts = encoder.vocabulary.encode([PROMPT.format(name) for name in NAMES]).to(encoder.device)
     first_images = draw_batch(cfg, np.random.default_rng([TRAINING.index, seed, 0]))[0]
     key = fingerprint(asdict(cfg), seed, first_images.numpy().tobytes())  # other drawings, other run
     state = {"model": model, "optimiser": optimiser, "schedule": schedule}
@@ -186,6 +190,7 @@ def _optimise(encoder: Encoder, cfg: TrainingConfig, seed: int, partial: Path,
 def _step(encoder: Encoder, optimiser: torch.optim.Optimizer, images: Tensor, holds: Tensor, prompts: Tensor,
           cfg: TrainingConfig) -> float:
     model = encoder.model
+    images, holds = images.to(encoder.device), holds.to(encoder.device)
     pixels = normalised(images.flatten(0, 1), encoder.preprocess).contiguous(memory_format=torch.channels_last)
     found = model.encode_image(pixels).unflatten(0, images.shape[:2])   # (F, S, D)
     captions = holds @ model.encode_text(prompts)                       # (F, S, names) @ (names, D)
@@ -218,7 +223,7 @@ def _resume(path: Path, key: str, state: dict) -> tuple[int, float]:
     """Steps and seconds already done; fills `state` if a checkpoint of this very run exists."""
     if not path.exists():
         return 0, 0.0
-    record = torch.load(path, weights_only=True)
+    record = torch.load(path, map_location="cpu", weights_only=True)
     if record["key"] != key:
         return 0, 0.0
     for name, part in state.items():
@@ -244,7 +249,7 @@ def measure(encoder: Encoder, triplets: Sequence[Triplet],
     rows = {"composed": compose(embedded[query], added, removed, encoder.encode_texts),
             "query image alone": embedded[query],
             "text alone": compose(torch.zeros_like(embedded[query]), added, removed, encoder.encode_texts)}
-    found = {name: nearest(v, gallery) for name, v in rows.items()}
+    found = {name: nearest(v, gallery).cpu() for name, v in rows.items()}
     percent = {name: 100 * (index == truth).double().mean().item() for name, index in found.items()}
     percent["query image wins"] = 100 * (found["composed"] == query).double().mean().item()
     for kind in sorted({(len(t.add), len(t.remove)) for t in triplets}):

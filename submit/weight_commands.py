@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.table import Table
 
 from data.errors import expect
+from data.files import write_json
 from submit.dev_splits import ROOT
 from submit.submission import plain
 from submit.tables import console, print_record
@@ -21,18 +25,42 @@ TRAINERS = {"parser": "retrieval.train_parser", "encoder": "retrieval.train_enco
             "backbone": "anomaly.train_backbone"}
 
 
-def train(name: str, out: Path, *, seed: int, start: Path | None = None) -> None:
+def train(name: str, out: Path, *, seed: int, start: Path | None = None, steps: int | None = None,
+          device: str = "cpu") -> None:
     """Train `name` into the new folder `out`, progress on stderr, figures on stdout.
 
-    start: pretrained encoder, for the parser only.
+    start: pretrained encoder, for the parser only. steps: in place of the number of the embedded weights; its schedule
+    is stretched. An interrupted call goes on from its checkpoint beside `out`, also on another device.
     """
     expect(not out.exists(), out, "a folder that does not exist yet", "one that does")
     expect(start is None or name == "parser", "--start", "the parser", name)
-    more = {} if start is None else {"start": start}
-    card = import_module(TRAINERS[name]).train(out, seed=seed, progress=lambda line: print(line, file=sys.stderr),
-                                               **more)
+    trainer = import_module(TRAINERS[name])
+    more: dict[str, Any] = {} if start is None else {"start": start}
+    asked = ""
+    if steps is not None:
+        more |= _longer(name, trainer, steps, staged=start is not None)
+        asked = f" --steps {steps}"
+    if device != "cpu":
+        import torch  # takes more than a second, which `list` need not wait for
+
+        more["device"] = torch.device(device)
+        asked += f" --device {device}"
+    card = trainer.train(out, seed=seed, progress=lambda line: print(line, file=sys.stderr), **more)
+    if asked:
+        card = card | {"command": card["command"] + asked}
+        write_json(out / "card.json", card)
     print(json.dumps(card["figures"], indent=1))
     print(f"weights: {out}")
+
+
+def _longer(name: str, trainer: ModuleType, steps: int, *, staged: bool) -> dict[str, Any]:
+    """The trainer's config with so many steps; a parser that is trained in two stages keeps their shares."""
+    expect(steps >= 1, "--steps", ">= 1", steps)
+    if name != "parser":
+        return {"cfg" if name == "encoder" else "config": replace(trainer.TrainingConfig(), steps=steps)}
+    config = trainer.ParserTrainingConfig()
+    first = round(steps * config.steps / (config.steps + config.steps_narrow)) if staged else steps
+    return {"config": replace(config, steps=first, **({"steps_narrow": steps - first} if staged else {}))}
 
 
 def tune(data: Path, out: Path, *, source: Path | None, cache: Path, seed: int, device: str) -> int:

@@ -1,11 +1,14 @@
 """The benchmarks of unlearnable examples on inputs that take no time."""
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import dvae_speed, poison_uses, unlearnable_attacks, unlearnable_sweep
+from benchmarks.options import TIME_UP
+from benchmarks.time_limit import TimeLimit
 from data.autoregressive import fields
 from data.image_sets import ImageSet
 from defense.dvae_network import NetworkConfig, new_dvae
@@ -37,8 +40,8 @@ def quick(tmp_path, monkeypatch):
     (tmp_path / "quick.toml").write_text(QUICK)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KIT_DEVICE", "cpu")
-    for module, name, value in ((unlearnable_sweep, "ROOT", tmp_path), (unlearnable_sweep, "SWEEPS", tmp_path),
-                                (poison_uses, "ROOT", tmp_path), (poison_uses, "SWEEP", tmp_path / "quick.toml")):
+    for module, name, value in ((unlearnable_sweep, "SWEEPS", tmp_path), (poison_uses, "ROOT", tmp_path),
+                                (poison_uses, "SWEEP", tmp_path / "quick.toml")):
         monkeypatch.setattr(module, name, value)
     return tmp_path
 
@@ -54,11 +57,9 @@ def test_the_released_layers_are_those_of_the_network_in_other_words():
 
 
 def test_both_ways_of_a_stage_are_timed_and_give_images_back(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dvae_speed, "RECORD", tmp_path / "record.json")
-    monkeypatch.setattr(dvae_speed, "WORKERS", 1)
-    monkeypatch.setattr(sys, "argv", ["dvae_speed", "--images", "128", "--epochs", "1", "--width", "4", "--latent", "4",
-                                      "--rounds", "1"])
-    dvae_speed.main()
+    monkeypatch.setenv("KIT_DEVICE", "cpu")
+    dvae_speed.main(["--images", "128", "--epochs", "1", "--width", "4", "--latent", "4", "--rounds", "1", "--loaders",
+                     "1", "--out", str(tmp_path / "record.json")])
     record = json.loads((tmp_path / "record.json").read_text())
     assert set(record["median"]) == {"plain", "ours, float32", "ours, bfloat16"}
     assert all(5 < value[0] < 60 for value in record["psnr_db"].values())
@@ -78,19 +79,53 @@ def test_attacks_are_timed(tmp_path, monkeypatch, capsys):
     assert set(record["seconds"]) == {"lsp", "ops", "ar"} and record["images"] == 40
 
 
-def test_a_sweep_gives_its_record_and_stops_in_time(quick, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sweep", "--data", "none", "--recipe", "quick", "--minutes", "0"])
-    with pytest.raises(SystemExit, match="time is up: the same command goes on from here"):
-        unlearnable_sweep.main()
-    monkeypatch.setattr(sys, "argv", ["sweep", "--data", "none", "--recipe", "quick"])
-    unlearnable_sweep.main()
-    record = json.loads((quick / "records" / "quick.json").read_text())
+def sweep(*more):
+    """(exit status, record) of a call on the recipe above."""
+    status = unlearnable_sweep.main(["--recipe", "quick", "--out", "record.json", *more])
+    return status, json.loads(Path("record.json").read_text())
+
+
+def test_a_sweep_writes_its_record_from_what_there_is_and_goes_on(quick, monkeypatch, capsys):
+    status, record = sweep("--minutes", "0")
+    assert status == TIME_UP and (record["of"], record["n"], record["left"]) == (4, 0, 4) and record["tables"] == []
+    with monkeypatch.context() as patch:
+        patch.setattr(TimeLimit, "fits", lambda self, kind: "jpeg" not in kind)
+        status, record = sweep()
+    assert status == TIME_UP and (record["n"], record["left"]) == (3, 1)
+    assert [row["defense"] for row in record["tables"][0]["rows"]] == ["none", "dvae"]
+    status, record = sweep()
+    assert status == 0 and record["left"] == 0
     assert [row["defense"] for row in record["tables"][0]["rows"]] == ["none", "jpeg", "dvae"]
     assert len(record["units"]) == 4 and record["defenses"]["jpeg"] == {}
-    monkeypatch.setattr(sys, "argv", ["sweep", "--data", "none", "--recipe", "missing"])
-    with pytest.raises(SystemExit):
-        unlearnable_sweep.main()
-    assert "missing.toml" in capsys.readouterr().err
+    assert "4 of 4 runs, 0 left" in capsys.readouterr().out
+    monkeypatch.setattr(unlearnable_sweep, "measured", None)  # nothing is measured again
+    assert sweep()[1]["units"] == record["units"]
+
+
+def test_what_cannot_be_poisoned_is_left_out(quick, capsys):
+    (quick / "quick.toml").write_text(QUICK.replace("patch = 4", "patch = 64"))
+    status, record = sweep()
+    assert status == TIME_UP and (record["n"], record["left"]) == (1, 3)
+    assert "lsp, none: left out, InputError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [(("--recipe", "missing"), "found missing"),
+                                                (("--workers", "0"), "--workers: expected > 0, found 0"),
+                                                (("--recipe", "unlearnable_cpu"), "--data: expected the folder")])
+def test_a_wrong_sweep_ends_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        unlearnable_sweep.main(arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_of_the_full_sweep_comes_first_what_makes_a_table():
+    tasks = [unlearnable_sweep.Task(trial, None)
+             for trial in read_unlearnable_sweep(unlearnable_sweep.SWEEPS / "unlearnable_full.toml").trials()]
+    order = [task.trial for task in unlearnable_sweep.in_order(tasks)]
+    attacks = ("", "lsp", "ops", "ar", "em", "tap")
+    assert [(t.label, t.poisoning.label) for t in order[:7]] == [*(("none", name) for name in attacks), ("dvae", "")]
+    assert [t.label for t in order[:24:6]] == list(unlearnable_sweep.FIRST)
+    assert {t.poisoning.seed for t in order[:36]} == {0} and len(order) == len(tasks)
 
 
 def test_uses_are_measured_once(quick, monkeypatch, capsys):

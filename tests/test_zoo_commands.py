@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 import retrieval.train_parser
+from submit import weight_commands
 from submit.dev_splits import TINY_ZOO
 from tests.test_score_command import run
 
@@ -97,3 +98,26 @@ def test_weights_are_trained_into_a_new_folder(capsys, tmp_path, monkeypatch):
     assert status == 0 and err == "step 1\n" and '"exact match": 12.5,\n "seed": 3\n' in out
     status, _, err = run(capsys, "weights", "train", "parser", "--out", tmp_path / "new")
     assert status == 2 and "new: expected a folder that does not exist yet, found one that does" in err
+
+
+@pytest.mark.parametrize("name, key, steps", [("encoder", "cfg", {"steps": 5}), ("backbone", "config", {"steps": 5}),
+                                              ("parser", "config", {"steps": 900, "steps_narrow": 6500})])
+def test_weights_are_trained_longer_where_asked(capsys, tmp_path, monkeypatch, name, key, steps):
+    seen = {}
+
+    def train(folder, *, seed, progress, **more):
+        seen.update(more)
+        folder.mkdir()
+        return {"command": "train", "figures": {}}
+
+    monkeypatch.setattr(f"{weight_commands.TRAINERS[name]}.train", train)
+    asked = ("--out", tmp_path / "new", "--device", "cpu", "--steps", steps["steps"])
+    assert run(capsys, "weights", "train", name, *asked)[0] == 0
+    assert {part: getattr(seen[key], part) for part in steps} == steps and set(seen) == {key}
+    assert json.loads((tmp_path / "new" / "card.json").read_text())["command"] == f"train --steps {steps['steps']}"
+    if name == "parser":  # two stages
+        shutil.rmtree(tmp_path / "new")
+        run(capsys, "weights", "train", name, *asked[:-1], 18_000, "--start", tmp_path)
+        assert (seen[key].steps, seen[key].steps_narrow) == (5000, 13_000)
+    status, _, err = run(capsys, "weights", "train", name, "--out", tmp_path / "other", "--steps", 0)
+    assert status == 2 and "--steps: expected >= 1, found 0" in err

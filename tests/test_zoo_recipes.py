@@ -116,3 +116,19 @@ def test_what_is_wrong_with_a_recipe_is_named(write, refuses, text, message):
 def test_a_recipe_that_does_not_exist_is_named(refuses):
     with refuses("recipe: expected a TOML file or one of tiny, cpu, contest, found nope"):
         read_recipe("nope")
+
+
+def test_some_attacks_have_further_ratios(tmp_path, refuses):
+    path = tmp_path / "few.toml"
+    text = 'attacks = ["sig", "badnets"]\nratios = [0.1]\nrepeats = 2\n[further]\nsig = [0.05, 0.01]\n' \
+           '[[sets]]\nname = "digits"\nsize = 16\n'
+    path.write_text(text)
+    names = [job.name for job in jobs(read_recipe(str(path)))]
+    kinds = ("sig-0.1", "badnets-0.1", "sig-0.05", "sig-0.01")
+    assert names == [f"digits-{kind}-{i}" for i in (0, 1) for kind in kinds]
+    for wrong, found in (("blended = [0.05]", "further: expected some of sig, badnets, found blended"),
+                         ("sig = [0.1]", r"further sig: expected a list of shares .* not in ratios, found \[0.1\]"),
+                         ("sig = 0.05", "further sig: expected a list of shares .*, found 0.05")):
+        path.write_text(text.replace("sig = [0.05, 0.01]", wrong))
+        with refuses(found):
+            read_recipe(str(path))
