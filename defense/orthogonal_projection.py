@@ -31,7 +31,8 @@ BLOCK = 4096  # images that are projected at once: bounds the memory of their fl
 @dataclass(frozen=True)
 class ProjectionConfig:
     epochs: int = 20        # of the linear classifier
-    rate: float = 0.1       # its learning rate; a tenth from half, a hundredth from three quarters of the epochs on
+    rate: float = 0.1       # its learning rate; a tenth from half, a hundredth from three quarters of the epochs on,
+                            # both rounded down, but never in the first epoch
     batch: int = 1024       # images
     clip: bool = False      # whether projected images are cut to [0, 255]; the paper leaves them as they are
     augment: bool = True    # whether training turns, shears, scales and recolours every batch
@@ -68,7 +69,7 @@ def class_vectors(images: Tensor, labels: Tensor, classes: int, config: Projecti
     weights = 2 * bound * torch.rand(classes, images[0].numel(), generator=generator) - bound
     weights, losses, labels = weights.to(images.device), [], labels.long()
     for epoch in range(config.epochs):
-        passed = sum(epoch >= int(share * config.epochs) for share in (0.5, 0.75))
+        passed = sum(epoch >= max(1, int(share * config.epochs)) for share in (0.5, 0.75))
         total = torch.zeros((), device=images.device)
         batches = epoch_batches(len(images), config.batch, generator=generator)
         for index in batches:

@@ -173,6 +173,19 @@ def test_class_vectors_are_those_of_torchs_own_training(classes):
     assert len(losses) == 8 and (classes == 1 or losses[-1] < losses[0]) and math.isfinite(last)
 
 
+@pytest.mark.parametrize("epochs, rates", [(1, [1]), (2, [1, 0.01]), (3, [1, 0.1, 0.01]), (4, [1, 1, 0.1, 0.01])])
+def test_the_first_epoch_of_the_class_vectors_has_the_whole_rate(epochs, rates):
+    images, labels = noise(8), torch.arange(8) % 2
+    found, _ = class_vectors(images, labels, 2, ProjectionConfig(epochs=epochs), generator=drawn(0))
+    size = images[0].numel()
+    weights = (2 * torch.rand(2, size, generator=drawn(0)) - 1) / math.sqrt(size)
+    for rate in rates:
+        weights.requires_grad_(True)
+        (slope,) = torch.autograd.grad(cross_entropy(images.flatten(1) / 255 @ weights.T, labels), weights)
+        weights = weights.detach() - 0.1 * rate * slope
+    torch.testing.assert_close(found, weights)
+
+
 def slowly_projected(images, vectors):
     """Gram-Schmidt, then one dot product after the other."""
     basis = []
