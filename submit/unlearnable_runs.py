@@ -98,11 +98,15 @@ class Trial:
     method: str
     settings: Mapping[str, Any]
 
+    @property
+    def countermeasure_seed(self) -> int:
+        return own_seed(self.poisoning.seed, "countermeasure")
+
     def purified_key(self, halves: Halves) -> str:
         if self.method == NONE:
             return self.poisoning.key(halves)
         config = countermeasure_config(self.method, self.settings, "countermeasure")
-        return fingerprint(self.poisoning.key(halves), self.method, repr(config), self.poisoning.seed,
+        return fingerprint(self.poisoning.key(halves), self.method, repr(config), self.countermeasure_seed,
                            _code(COUNTERMEASURES[self.method][0]))
 
     def key(self, halves: Halves, victim: VictimConfig) -> str:
@@ -270,7 +274,7 @@ def _purified(trial: Trial, ground: Ground, images: Tensor, labels: Tensor) -> P
     path = ground.out / "purified" / f"{trial.purified_key(ground.halves())}.safetensors"
     found = read_purified(path, images)
     if found is None:
-        generator = torch.Generator().manual_seed(own_seed(trial.poisoning.seed, "countermeasure"))
+        generator = torch.Generator().manual_seed(trial.countermeasure_seed)
         try:
             found = purify(trial.method, images, labels, trial.settings, generator=generator)
         except InputError as refusal:

@@ -171,6 +171,19 @@ def test_a_seed_a_ratio_and_a_victim_are_parts_of_a_units_name():
     assert len(keys) == 8
 
 
+def test_the_seed_that_a_countermeasure_draws_from_is_a_part_of_its_sets_name(monkeypatch):
+    trial, seeds = Trial(LSP, "jpeg", "jpeg", {}), []
+    before = trial.purified_key(GROUND.halves()), LSP.key(GROUND.halves())
+    monkeypatch.setattr(runs_module, "own_seed", lambda seed, purpose: len(purpose) + seed)
+    monkeypatch.setattr(runs_module, "purify", lambda name, images, *_, generator:
+                        seeds.append(generator.initial_seed()) or Purified(name, images))
+    after = trial.purified_key(GROUND.halves()), LSP.key(GROUND.halves())
+    assert before[0] != after[0] and before[1] == after[1]  # the attack draws from the seed itself
+    images = GROUND.halves().train.images
+    runs_module._purified(trial, GROUND, images, GROUND.halves().train.labels)
+    assert seeds == [trial.countermeasure_seed] == [len("countermeasure")]
+
+
 def test_an_interrupted_sweep_goes_on(recipe, capsys, monkeypatch, no_victims):
     whole = units_of(sweep(capsys, recipe, "--json"))
     with monkeypatch.context() as patch:
