@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data import resnet
 from data.devices import device_generator
 from data.errors import expect
 from data.files import fingerprint
 from data.tensor_files import read_tensors, write_tensors
+from defense import dvae_network, dvae_stage, training
 from defense.deadline import Deadline
 from defense.dvae_stage import (
     TERMS,
@@ -36,6 +38,7 @@ PASS = 0.5         # of an epoch's time: one pass of all images through a networ
 ROUNDINGS = ("floor", "nearest")
 NOT_FINITE = "not finite"  # in a result's details: numbers of the stages that NaN or infinity ended
 FIRST_SHARE = 0.5  # of the time, for the first of two equal stages
+CODE = (Path(__file__), *(Path(module.__file__) for module in (dvae_network, dvae_stage, training, resnet)))
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,14 @@ class DVAEConfig:
 @dataclass(frozen=True)
 class StageOutput:
     """What a stage made of a set: (N, C, H, W) uint8 images and, where asked for, float16 perturbations in grey
-    levels; else see `Stage`."""
+    levels; else see `Stage`. spared: seconds of the earlier call that this one found it from."""
 
     images: Tensor
     perturbations: Tensor | None
     losses: dict[str, tuple[float, ...]]
     finite: bool
     complete: bool
+    spared: float = 0.0
 
 
 def purify(images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: torch.Generator,
@@ -70,8 +74,9 @@ def purify(images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: tor
     """(N, C, H, W) uint8 images and their (N,) labels, all that is used of the world; the result on the same device.
 
     The perturbations are those of the first stage that ran: the published measure of what was disentangled.
-    kept: a folder where a finished stage is written, and found again by its input, config and seed. report: gets a
-    line an epoch. With a deadline, epochs are cut short; without time for one, the images come back as they are.
+    kept: a folder where a finished stage is written, and found again by its input, config, seed and code; `seconds`
+    of the result count what it took then. report: gets a line an epoch. With a deadline, epochs are cut short;
+    without time for one, the images come back as they are.
     """
     check_labelled(images, labels)
     labels = labels.long()  # as an index, uint8 would be a mask
@@ -80,6 +85,7 @@ def purify(images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: tor
     stages = {"both": (1, 2), "first": (1,), "second": (2,)}[config.stages]
     found, perturbations, complete, losses = images, None, True, {}
     broken: list[int] = []
+    spared = 0.0
     for number in stages:
         own = config.first if number == 1 else config.second
         time = deadline.part(FIRST_SHARE if number != stages[-1] else 1.0,
@@ -87,14 +93,15 @@ def purify(images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: tor
         output = _kept_stage(number, found, labels, config, seeds[number - 1], time, kept, report)
         losses |= {f"stage {number} {name}": values for name, values in output.losses.items()}
         broken += [] if output.finite else [number]
+        spared += output.spared
         if not output.losses[TERMS[0]]:
             reason = "no time for an epoch" if output.finite else "no finite epoch"
             return Purified("dvae", images.clone(), complete=False, failed=f"stage {number}: {reason}", losses=losses,
-                            seconds=deadline.elapsed(), details={NOT_FINITE: broken})
+                            seconds=deadline.elapsed() + spared, details={NOT_FINITE: broken})
         found, complete = output.images, complete and output.complete
         perturbations = output.perturbations if perturbations is None else perturbations
-    return Purified("dvae", found, perturbations, complete=complete, losses=losses, seconds=deadline.elapsed(),
-                    details={NOT_FINITE: broken})
+    return Purified("dvae", found, perturbations, complete=complete, losses=losses,
+                    seconds=deadline.elapsed() + spared, details={NOT_FINITE: broken})
 
 
 def _kept_stage(number: int, images: Tensor, labels: Tensor, config: DVAEConfig, seed: int, deadline: Deadline,
@@ -104,14 +111,15 @@ def _kept_stage(number: int, images: Tensor, labels: Tensor, config: DVAEConfig,
         return run_stage(number, images, labels, config, deadline=deadline, report=report,
                          generator=torch.Generator().manual_seed(seed))
     content = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()  # their repr would be thrice their size
-    name = fingerprint(number, tuple(images.shape), content, labels.tolist(), config, seed)
+    name = fingerprint(number, tuple(images.shape), content, labels.tolist(), config, seed, *CODE)
     path = kept / f"stage{number}-{name}.safetensors"
     if (found := _read(path, images.device)) is not None:
         return found
+    before = deadline.elapsed()
     output = run_stage(number, images, labels, config, deadline=deadline, report=report,
                        generator=torch.Generator().manual_seed(seed))
     if output.complete:  # one cut short by its deadline is not what the next call asks for
-        _write(path, output)
+        _write(path, output, deadline.elapsed() - before)
     return output
 
 
@@ -145,18 +153,18 @@ def grey_levels(images: Tensor, rounding: str) -> Tensor:
     return (levels.floor() if rounding == "floor" else levels.round()).to(torch.uint8)
 
 
-def _write(path: Path, output: StageOutput) -> None:
+def _write(path: Path, output: StageOutput, seconds: float) -> None:
     tensors = {"images": output.images}
     if output.perturbations is not None:
         tensors["perturbations"] = output.perturbations
-    write_tensors(path, tensors, {"losses": output.losses})
+    write_tensors(path, tensors, {"losses": output.losses, "seconds": seconds})
 
 
 def _read(path: Path, device: torch.device) -> StageOutput | None:
     """None where there is no file yet, or a spoiled one: the stage is run again."""
     found = read_tensors(path)
-    if found is None or "images" not in found[0] or "losses" not in found[1]:
+    if found is None or "images" not in found[0] or not {"losses", "seconds"} <= found[1].keys():
         return None
     tensors = {name: tensor.to(device) for name, tensor in found[0].items()}
     losses = {name: tuple(values) for name, values in found[1]["losses"].items()}
-    return StageOutput(tensors["images"], tensors.get("perturbations"), losses, True, True)
+    return StageOutput(tensors["images"], tensors.get("perturbations"), losses, True, True, found[1]["seconds"])

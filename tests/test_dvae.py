@@ -361,6 +361,25 @@ def test_finished_stages_are_found_again(tmp_path, monkeypatch):
         assert trained == [1, 2]
 
 
+def test_a_stage_of_other_code_is_not_taken(tmp_path, monkeypatch):
+    clean = a_set()
+    purify(clean.images, clean.labels, CONFIG, generator=generator(), kept=tmp_path)
+    assert {path.name for path in dvae.CODE} == {"dvae.py", "dvae_network.py", "dvae_stage.py", "training.py",
+                                                 "resnet.py"}
+    (tmp_path / "dvae.py").write_text("changed")
+    monkeypatch.setattr(dvae, "CODE", (tmp_path / "dvae.py", *dvae.CODE[1:]))
+    trained = counted(monkeypatch)
+    purify(clean.images, clean.labels, CONFIG, generator=generator(), kept=tmp_path)
+    assert trained == [1, 2]
+
+
+def test_a_stage_found_again_counts_the_seconds_it_took(tmp_path):
+    clean = a_set()
+    first, again = (purify(clean.images, clean.labels, CONFIG, generator=generator(), kept=tmp_path,
+                           deadline=Deadline(1e6, clock=ticking(1.0))) for _ in range(2))
+    assert first.seconds > 20 and first.seconds - 15 < again.seconds < first.seconds + 15  # readings of the clock
+
+
 def test_a_spoiled_file_is_made_anew(tmp_path, monkeypatch):
     clean = a_set()
     whole = purify(clean.images, clean.labels, CONFIG, generator=generator(), kept=tmp_path)
