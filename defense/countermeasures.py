@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,8 @@ COUNTERMEASURES: dict[str, tuple[ModuleType, type]] = {
     "ueraser": (worst_augmentation, worst_augmentation.WorstAugmentationConfig),
 }
 
+RESUMED = frozenset({"dvae"})  # those that can keep what is done of their work, and go on from it
+
 
 def countermeasure_config(name: str, parameters: Mapping[str, Any], where: str) -> Any:
     """The countermeasure's frozen config, its defaults where `parameters` say nothing; tables fill the configs within.
@@ -43,7 +46,11 @@ def countermeasure_config(name: str, parameters: Mapping[str, Any], where: str) 
 
 
 def purify(name: str, images: Tensor, labels: Tensor, parameters: Mapping[str, Any], *,
-           generator: torch.Generator) -> Purified:
-    """The (N, C, H, W) uint8 images with (N,) labels as the countermeasure `name` hands them to training."""
+           generator: torch.Generator, kept: Path | None = None) -> Purified:
+    """The (N, C, H, W) uint8 images with (N,) labels as the countermeasure `name` hands them to training.
+
+    kept: a folder for finished parts of work that takes long; another call finds them there. Most write nothing.
+    """
     config = countermeasure_config(name, parameters, "countermeasure")
-    return COUNTERMEASURES[name][0].purify(images, labels, config, generator=generator)
+    more = {"kept": kept} if name in RESUMED else {}
+    return COUNTERMEASURES[name][0].purify(images, labels, config, generator=generator, **more)

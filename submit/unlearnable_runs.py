@@ -32,7 +32,7 @@ from defense.countermeasures import COUNTERMEASURES, countermeasure_config, puri
 from defense.purified import Purified
 from submit.engines import Engine, each
 from submit.kept_units import as_json, code_of_modules, equal_sums, kept_unit
-from submit.unlearnable_store import read_purified, read_set, write_purified, write_set
+from submit.unlearnable_store import read_purified, read_set, remove_stages, write_purified, write_set
 from submit.zoo_commands import SUBSET_SEED
 from submit.zoo_commands import read_set as read_image_set
 
@@ -268,19 +268,21 @@ def _poisoned_images(poisoning: Poisoning, ground: Ground) -> Tensor:
 
 
 def _purified(trial: Trial, ground: Ground, images: Tensor, labels: Tensor) -> Purified:
-    """What the countermeasure makes of the images, found where it took long before."""
+    """What the countermeasure makes of the images, found where it took long before. Stages of one that was stopped lie
+    beside the sets until this one is there."""
     if trial.method == NONE:
         return Purified(NONE, images)
     path = ground.out / "purified" / f"{trial.purified_key(ground.halves())}.safetensors"
-    found = read_purified(path, images)
+    found, stages = read_purified(path, images), path.with_suffix(".stages")
     if found is None:
         generator = torch.Generator().manual_seed(trial.countermeasure_seed)
         try:
-            found = purify(trial.method, images, labels, trial.settings, generator=generator)
+            found = purify(trial.method, images, labels, trial.settings, generator=generator, kept=stages)
         except InputError as refusal:
             return Purified(trial.method, images, complete=False, failed=str(refusal))
         if found.seconds >= LONG and found.harden is None:
             write_purified(path, found)
+    remove_stages(stages)
     return found
 
 

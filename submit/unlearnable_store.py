@@ -1,6 +1,7 @@
 """Poisoned and purified training sets as files."""
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def read_set(path: Path, shape: torch.Size) -> tuple[Tensor, dict[str, Any]] | N
 def write_purified(path: Path, found: Purified) -> None:
     """What a victim is trained on; without the perturbations, and not for what changes every batch of the training."""
     write_set(path, found.images, {key: getattr(found, key) for key in PURIFIED})
+
+
+def remove_stages(folder: Path) -> None:
+    """What a countermeasure kept while it worked. A folder in which another process is writing stays."""
+    for path in folder.glob("stage*"):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def read_purified(path: Path, like: Tensor) -> Purified | None:

@@ -14,6 +14,7 @@ from data.image_sets import read_digits
 from data.resnet import new_resnet
 from data.unlearnable import UNLEARNABLE, make_unlearnable
 from data.victims import VictimConfig, normalise, train_victim
+from defense import dvae
 from defense.countermeasures import COUNTERMEASURES, purify
 from defense.purified import Purified
 from submit.engines import HERE
@@ -175,7 +176,7 @@ def test_the_seed_that_a_countermeasure_draws_from_is_a_part_of_its_sets_name(mo
     trial, seeds = Trial(LSP, "jpeg", "jpeg", {}), []
     before = trial.purified_key(GROUND.halves()), LSP.key(GROUND.halves())
     monkeypatch.setattr(runs_module, "own_seed", lambda seed, purpose: len(purpose) + seed)
-    monkeypatch.setattr(runs_module, "purify", lambda name, images, *_, generator:
+    monkeypatch.setattr(runs_module, "purify", lambda name, images, *_, generator, kept:
                         seeds.append(generator.initial_seed()) or Purified(name, images))
     after = trial.purified_key(GROUND.halves()), LSP.key(GROUND.halves())
     assert before[0] != after[0] and before[1] == after[1]  # the attack draws from the seed itself
@@ -201,6 +202,31 @@ def test_an_interrupted_sweep_goes_on(recipe, capsys, monkeypatch, no_victims):
     assert slim[0] == slim[1]
 
 
+def test_a_stage_of_dvae_outlives_an_interruption_and_not_the_finished_set(tmp_path, monkeypatch, no_victims):
+    quick = {"epochs": 1, "batch": 30, "network": {"width": 4, "latent": 6}}
+    trial = Trial(LSP, "dvae", "dvae", {"first": quick, "second": quick})
+    ground, other = (Ground(GROUND.chosen, VICTIM, tmp_path / name) for name in ("a", "b"))
+    monkeypatch.setattr(runs_module, "LONG", 0.0)
+    whole, trained, stop = trial_unit(trial, ground=other), [], 2
+    real = dvae.run_stage
+
+    def counting(number, *rest, **more):
+        if number == stop:
+            raise KeyboardInterrupt
+        trained.append(number)
+        return real(number, *rest, **more)
+
+    monkeypatch.setattr(dvae, "run_stage", counting)
+    with pytest.raises(KeyboardInterrupt):
+        trial_unit(trial, ground=ground)
+    assert len(list((tmp_path / "a" / "purified").glob("*.stages/stage1-*"))) == 1
+    stop = 0
+    again = trial_unit(trial, ground=ground)
+    assert trained == [1, 2] and again["accuracy"] == whole["accuracy"]
+    assert [[path.suffix for path in (tmp_path / name / "purified").iterdir()] for name in "ab"] == \
+        [[".safetensors"]] * 2
+
+
 def test_spoiled_files_are_made_again(recipe, capsys, monkeypatch, no_victims):
     monkeypatch.setattr(runs_module, "LONG", 0.0)
     first = units_of(sweep(capsys, recipe, "--json"))
@@ -221,7 +247,7 @@ def test_work_can_be_sent_to_other_processes(tmp_path):
 
 
 def test_a_countermeasure_that_fails_gives_the_images_as_they_were(recipe, capsys, monkeypatch, no_victims):
-    def refuse(method, images, labels, settings, *, generator):
+    def refuse(method, images, labels, settings, *, generator, kept):
         runs_module.expect("quality" in settings, "images", "larger ones", "small ones")
         return Purified(method, images, complete=False, failed="no time for an epoch")
 
