@@ -50,6 +50,13 @@ def device_generator(device: torch.device, *, generator: torch.Generator) -> tor
     return torch.Generator(device).manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
 
 
+def carried(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; on its way from the CPU to a GPU, the caller goes on meanwhile."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on the device, within a container's limit where there is one; a rough figure.
     Tensors of `meta` take none."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data import resnet
-from data.devices import device_generator
+from data.devices import carried, device_generator
 from data.errors import expect
 from data.files import fingerprint
 from data.tensor_files import read_tensors, write_tensors
@@ -70,13 +71,14 @@ class StageOutput:
 
 def purify(images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: torch.Generator,
            deadline: Deadline | None = None, kept: Path | None = None,
-           report: Callable[[str], None] | None = None) -> Purified:
+           report: Callable[[str], None] | None = None, device: torch.device | None = None) -> Purified:
     """(N, C, H, W) uint8 images and their (N,) labels, all that is used of the world; the result on the same device.
 
     The perturbations are those of the first stage that ran: the published measure of what was disentangled.
     kept: a folder where a finished stage is written, and found again by its input, config, seed and code; `seconds`
-    of the result count what it took then. report: gets a line an epoch. With a deadline, epochs are cut short;
-    without time for one, the images come back as they are.
+    of the result count what it took then. report: gets a line an epoch. device: where the work is done; None = where
+    the images are. Images elsewhere stay there, as does what is made of them, and go batch by batch: for sets that no
+    GPU can hold. With a deadline, epochs are cut short; without time for one, the images come back as they are.
     """
     check_labelled(images, labels)
     labels = labels.long()  # as an index, uint8 would be a mask
@@ -90,7 +92,8 @@ def purify(images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: tor
         own = config.first if number == 1 else config.second
         time = deadline.part(FIRST_SHARE if number != stages[-1] else 1.0,
                              after=PASS * number * batch_count(len(images), own.batch))
-        output = _kept_stage(number, found, labels, config, seeds[number - 1], time, kept, report)
+        output = _kept_stage(number, found, labels, config, seeds[number - 1], time, kept, report,
+                             device or images.device)
         losses |= {f"stage {number} {name}": values for name, values in output.losses.items()}
         broken += [] if output.finite else [number]
         spared += output.spared
@@ -105,40 +108,44 @@ def purify(images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: tor
 
 
 def _kept_stage(number: int, images: Tensor, labels: Tensor, config: DVAEConfig, seed: int, deadline: Deadline,
-                kept: Path | None, report: Callable[[str], None] | None) -> StageOutput:
+                kept: Path | None, report: Callable[[str], None] | None, device: torch.device) -> StageOutput:
     """`run_stage`, or its output of an earlier call."""
+    run = partial(run_stage, number, images, labels, config, deadline=deadline, report=report, device=device,
+                  generator=torch.Generator().manual_seed(seed))
     if kept is None:
-        return run_stage(number, images, labels, config, deadline=deadline, report=report,
-                         generator=torch.Generator().manual_seed(seed))
+        return run()
     content = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()  # their repr would be thrice their size
     name = fingerprint(number, tuple(images.shape), content, labels.tolist(), config, seed, *CODE)
     path = kept / f"stage{number}-{name}.safetensors"
     if (found := _read(path, images.device)) is not None:
         return found
     before = deadline.elapsed()
-    output = run_stage(number, images, labels, config, deadline=deadline, report=report,
-                       generator=torch.Generator().manual_seed(seed))
+    output = run()
     if output.complete:  # one cut short by its deadline is not what the next call asks for
         _write(path, output, deadline.elapsed() - before)
     return output
 
 
 def run_stage(number: int, images: Tensor, labels: Tensor, config: DVAEConfig, *, generator: torch.Generator,
-              deadline: Deadline | None = None, report: Callable[[str], None] | None = None) -> StageOutput:
-    """Train stage 1 or 2 on the images and put them through it: minus their perturbation, and (2) rebuilt from it."""
+              deadline: Deadline | None = None, report: Callable[[str], None] | None = None,
+              device: torch.device | None = None) -> StageOutput:
+    """Train stage 1 or 2 on the images and put them through it: minus their perturbation, and (2) rebuilt from it.
+    device: see `purify`."""
+    device = device or images.device
     say = (lambda line: report(f"stage {number}, {line}")) if report else None
     stage = train_stage(images, labels, int(labels.max()) + 1, config.first if number == 1 else config.second,
-                        generator=generator, deadline=deadline, report=say)
-    noises = device_generator(images.device, generator=generator) if config.sampled else None
+                        generator=generator, deadline=deadline, report=say, device=device)
+    noises = device_generator(device, generator=generator) if config.sampled else None
     found = torch.empty_like(images)
     perturbations = torch.empty_like(images, dtype=torch.float16) if config.perturbations else None
-    for index in torch.arange(len(images), device=images.device).split(inference_batch(*images.shape[2:])):
-        of = labels[index]
-        x, perturbation = without_perturbation(stage.model, unit(images[index]), of, generator=noises)
+    size = inference_batch(*images.shape[2:])
+    for part in (slice(start, start + size) for start in range(0, len(images), size)):
+        of = carried(labels[part], device)
+        x, perturbation = without_perturbation(stage.model, unit(carried(images[part], device)), of, generator=noises)
         x = x if number == 1 else reconstruction(stage.model, x, of, generator=noises)
-        found[index] = grey_levels(x, config.rounding)
+        found[part] = grey_levels(x, config.rounding)
         if perturbations is not None:
-            perturbations[index] = (255 * perturbation).half()
+            perturbations[part] = (255 * perturbation).half()
     return StageOutput(found, perturbations, stage.losses, stage.finite, stage.complete)
 
 

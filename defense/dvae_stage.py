@@ -77,18 +77,20 @@ class Stage:
 
 
 def train_stage(images: Tensor, labels: Tensor, num_classes: int, config: StageConfig, *, generator: torch.Generator,
-                deadline: Deadline | None = None, report: Callable[[str], None] | None = None) -> Stage:
+                deadline: Deadline | None = None, report: Callable[[str], None] | None = None,
+                device: torch.device | None = None) -> Stage:
     """A new network trained on (N, C, H, W) uint8 images and their (N,) labels, on their device.
 
-    Where a deadline ends the epochs early, the learning rate falls to zero towards it.
+    device: another one for the network, where the images go batch by batch. Where a deadline ends the epochs early,
+    the learning rate falls to zero towards it.
     """
-    deadline = deadline or Deadline()
+    deadline, device = deadline or Deadline(), device or images.device
     seed = int(torch.randint(1 << 31, (), generator=generator))
     model = new_dvae(num_classes, tuple(images.shape[1:]), config.network, seed=seed)
-    model = model.to(images.device, memory_format=torch.channels_last).train()
+    model = model.to(device, memory_format=torch.channels_last).train()
     optimiser = torch.optim.Adam(model.parameters(), config.rate)
-    noises = device_generator(images.device, generator=generator)
-    sums, history = torch.zeros(len(TERMS), device=images.device), []
+    noises = device_generator(device, generator=generator)
+    sums, history = torch.zeros(len(TERMS), device=device), []
 
     def step(batch: Tensor, of: Tensor) -> Tensor:
         for group in optimiser.param_groups:
@@ -108,7 +110,7 @@ def train_stage(images: Tensor, labels: Tensor, num_classes: int, config: StageC
             report(f"epoch {len(history)}/{config.epochs}: loss {sum(history[-1]):.5f}")
         return False
 
-    done = run_epochs(model, Training(images, labels, generator, None, deadline), step, epochs=config.epochs,
+    done = run_epochs(model, Training(images, labels, generator, None, deadline, device), step, epochs=config.epochs,
                       batch=config.batch, done=ended)
     losses = {name: tuple(row[i] for row in history) for i, name in enumerate(TERMS)}
     return Stage(model.eval(), losses, done.finite, done.complete)

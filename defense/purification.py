@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.devices import chosen_device
+from data.devices import chosen_device, free_bytes
 from data.errors import InputError, expect
 from data.images import SUFFIXES, read_rgb, to_uint8
 from data.threads import in_threads
@@ -28,6 +28,8 @@ from defense.purified import Purified
 SEED = 0            # of every shipped purification
 LIMIT_S = 3 * 3600  # for a whole set
 MARGIN = 0.05       # of the limit: reading, writing, the last step
+ROOM = 0.5          # share of the free memory that the images may take on a GPU: the rest is for the network
+SETS = 3            # what they take there: they themselves, and what either stage makes of them
 LARGE = 64          # pixels a side: beyond, the layers published for ImageNet
 LARGE_BATCH = 32    # of such images, a quarter of the published: at 224 pixels 128 take 22 GiB
 
@@ -46,20 +48,22 @@ def purify_folder(train_folder: Path | str, out_folder: Path | str, *, generator
                   report: Callable[[str], None] | None = None) -> Purified:
     """Purify `train_folder`/<class>/**/<image> into `out_folder`, the same tree of PNG files, within `limit_s` seconds.
 
-    Images of one size, RGB out. `out_folder` must not exist, nor lie in `train_folder`; it appears when all files are
-    written. Work lies in `.NAME.partial` beside it: finished stages are found there when the call is made again, with
-    a new `limit_s`. config: None = `shipped_config`. A class folder without images, mixed sizes and unreadable files
-    are named. Folders within class folders that are links are not followed.
+    Images of one size, RGB out; those of a set too large for the GPU go there batch by batch. `out_folder` must not
+    exist, nor lie in `train_folder`; it appears when all files are written. Work lies in `.NAME.partial` beside it:
+    finished stages are found there when the call is made again, with a new `limit_s`. config: None = `shipped_config`.
+    A class folder without images, mixed sizes and unreadable files are named. Folders within class folders that are
+    links are not followed.
     """
     deadline = Deadline((1 - MARGIN) * limit_s, clock=clock)
     expect(limit_s > 0, "limit_s", "> 0 seconds", limit_s)
     root, out = Path(train_folder), Path(out_folder)
     _check_out(out, root)
     files, labels = tree_images(root)
-    images = read_equal(files).to(chosen_device())
+    device = chosen_device()
+    images = placed(read_equal(files), device)
     kept = _work_folder(out)
     found = purify(images, labels.to(images.device), config or shipped_config(*images.shape[2:]), generator=generator,
-                   deadline=deadline.part(1.0), kept=kept / "stages", report=report)
+                   deadline=deadline.part(1.0), kept=kept / "stages", report=report, device=device)
     broken = found.details[NOT_FINITE]
     expect(not found.failed, root, "images that give finite numbers in training" if broken else
            f"time enough to purify within {limit_s:g} s", found.failed)
@@ -71,6 +75,11 @@ def purify_folder(train_folder: Path | str, out_folder: Path | str, *, generator
     _publish(scratch, out)
     shutil.rmtree(kept, ignore_errors=True)
     return found
+
+
+def placed(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images on the device, or where they are if it has no room for them."""
+    return images.to(device) if SETS * images.numel() <= ROOM * free_bytes(device) else images
 
 
 def _check_out(out: Path, root: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.augmentation import shifted
+from data.devices import carried
 from data.errors import expect
 from defense.deadline import Deadline
 from defense.given import evaluation
@@ -23,13 +24,15 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]  # (B, C, H, W) to the sam
 
 @dataclass(frozen=True)
 class Training:
-    """What an epoch of any stage needs beside its step. augment: None = images as they are."""
+    """What an epoch of any stage needs beside its step. augment: None = images as they are. device: where a batch
+    goes before its step; None = the images' own."""
 
     images: Tensor
     labels: Tensor
     generator: torch.Generator
     augment: Augment | None
     deadline: Deadline
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def run_epochs(model: nn.Module, given: Training, step: Callable[[Tensor, Tensor
     """
     kept, losses, steps = LastFinite(model), [], 0
     for _ in range(epochs):
-        total, taken = torch.zeros((), device=given.images.device), 0
+        total, taken = torch.zeros((), device=given.device or given.images.device), 0
         batches = epoch_batches(len(given.images), batch, generator=given.generator)
         for index in batches:
             if given.deadline():
@@ -86,8 +89,9 @@ def batch_count(count: int, batch: int) -> int:
 
 def _batch(given: Training, index: Tensor) -> tuple[Tensor, Tensor]:
     index = index.to(given.images.device)
-    images = given.images[index]
-    return (given.augment(images, given.generator) if given.augment else images), given.labels[index]
+    device = given.device or given.images.device
+    images, labels = (carried(part[index], device) for part in (given.images, given.labels))
+    return (given.augment(images, given.generator) if given.augment else images), labels
 
 
 class LastFinite:

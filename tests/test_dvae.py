@@ -330,6 +330,40 @@ def test_no_clean_image_is_touched():
         assert purify(bad.images, bad.labels, CONFIG, generator=generator()).complete
 
 
+# --- images that a device cannot hold
+
+def test_images_that_lie_elsewhere_go_batch_by_batch_and_give_the_same(monkeypatch):
+    clean, sent, seen, to = a_set(), [], [], DVAE.to
+    monkeypatch.setattr(dvae, "INFERENCE_PIXELS", 7 * 64)
+    whole = purify(clean.images, clean.labels, CONFIG, generator=generator())
+
+    def watched(tensor, device):
+        sent.append((len(tensor), device))
+        return tensor.clone()
+
+    monkeypatch.setattr("defense.training.carried", watched)
+    monkeypatch.setattr(dvae, "carried", watched)
+    monkeypatch.setattr(DVAE, "to", lambda self, device, **more: seen.append(device) or to(self, device, **more))
+    there = torch.device("cpu", 0)  # told from where the images are by its number
+    found = purify(clean.images, clean.labels, CONFIG, generator=generator(), device=there)
+    assert found.images.device == found.perturbations.device == clean.images.device != there
+    assert {device for _, device in sent} == {there} and seen == [there] * 2
+    assert [count for count, _ in sent] == 2 * 3 * [7, 7, 7, 7, 6, 6]  # two epochs and a pass
+    assert torch.equal(found.images, whole.images) and found.losses == whole.losses
+    assert torch.equal(found.perturbations, whole.perturbations)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="repeats on a GPU what the test above does on the CPU")
+def test_images_on_the_cpu_are_purified_on_a_gpu_as_if_they_lay_there():
+    clean, gpu = a_set(), torch.device("cuda")
+    config = DVAEConfig(*2 * [replace(QUICK, precision="float32")])
+    found = purify(clean.images, clean.labels, config, generator=generator(), device=gpu)
+    there = purify(clean.images.to(gpu), clean.labels.to(gpu), config, generator=generator())
+    assert found.images.device.type == found.perturbations.device.type == "cpu"
+    difference = found.images.int() - there.images.cpu().int()
+    assert difference.abs().double().mean() < 0.5  # sums on a GPU may come in another order
+
+
 # --- kept work, deadlines, bad input
 
 def counted(monkeypatch):
@@ -459,7 +493,7 @@ def test_finding_a_stage_again_takes_no_copies_of_the_images(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dvae, "run_stage", lambda *_, **__: output)
         tracemalloc.start()
-        dvae._kept_stage(1, images, labels, CONFIG, 0, Deadline(), tmp_path, None)
+        dvae._kept_stage(1, images, labels, CONFIG, 0, Deadline(), tmp_path, None, images.device)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < images.numel() / 2

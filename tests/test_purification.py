@@ -56,6 +56,22 @@ def test_names_and_classes_are_kept_and_files_hold_what_purify_gives(tmp_path):
     assert [line.split(":")[0] for line in lines] == ["stage 1, epoch 1/1", "stage 2, epoch 1/1"]
 
 
+def test_a_set_that_a_gpu_cannot_hold_stays_on_the_cpu_and_gives_the_same(tmp_path, monkeypatch):
+    train, given = a_tree(tmp_path / "train"), []
+    images = read_equal(tree_images(train)[0])
+    elsewhere = torch.device("meta")  # stands for a GPU
+    for free, place in ((6 * images.numel(), "meta"), (6 * images.numel() - 1, "cpu")):
+        monkeypatch.setattr(purification, "free_bytes", lambda device, free=free: free)
+        assert purification.placed(images, elsewhere).device.type == place
+    monkeypatch.setattr(purification, "purify", lambda images, labels, config, **more:
+                        given.append((images.device, more["device"])) or purify(images, labels, config, **more))
+    found = purify_folder(train, tmp_path / "out", generator=generator(), config=CONFIG)
+    assert given == [(torch.device("cpu"),) * 2]
+    monkeypatch.setattr(purification, "free_bytes", lambda device: 1 << 40)
+    whole = purify_folder(train, tmp_path / "other", generator=generator(), config=CONFIG)
+    assert torch.equal(found.images, whole.images)
+
+
 def test_a_call_that_was_stopped_goes_on(tmp_path, monkeypatch):
     train, out = a_tree(tmp_path / "train"), tmp_path / "out"
     whole = purify_folder(train, tmp_path / "other", generator=generator(), config=CONFIG)
