@@ -29,6 +29,11 @@ def check_widths(config: object) -> None:
            "four positive numbers", config.widths)
 
 
+def level_type(radius: float) -> torch.dtype:
+    """Holds whole grey levels within the radius: one byte, two beyond a radius of 127."""
+    return torch.int8 if radius <= 127 else torch.int16
+
+
 def drawn_positions(clean: ImageSet, ratio: float, *, seed: int) -> Tensor:
     """(P,) ascending: round(ratio * N) of all positions, drawn without replacement; ratio in (0, 1]."""
     order = torch.randperm(len(clean.images), generator=torch.Generator().manual_seed(seed))

@@ -235,6 +235,17 @@ def test_equal_seeds_give_equal_noise():
     assert said[:4] == [f"block {i}/4" for i in (1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize("radius, kind", [(8.5, torch.int8), (200.0, torch.int16)])
+def test_noise_is_held_in_whole_grey_levels_which_give_the_same_set(radius, kind):
+    clean, config = a_set(), replace(SMALL, radius=radius)
+    exact = torch.empty(clean.images.shape)
+    for index, judges in ntga._blocks(14, config, seed=1):
+        exact[index] = ascended(clean.subset(index), clean.subset(judges), config)
+    found = tangent_noise(clean, config, seed=1)
+    assert found.dtype == kind and torch.equal(found, exact.round().to(kind))
+    assert torch.equal(poison(clean, config, ratio=1.0, seed=1).images, ntga.within(clean.images, exact, radius))
+
+
 def test_a_kernel_machine_learns_less_from_altered_digits():
     train, test = read_digits(size=8)
     train, test = train.subset(torch.arange(160)), test.subset(torch.arange(200))
