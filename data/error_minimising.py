@@ -24,12 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from data.devices import PRECISIONS, autocast, device_generator
+from data.devices import PRECISIONS, device_generator
 from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import PoisonedSet
 from data.resnet import new_resnet
-from data.unlearnable_sets import added, check_radius, check_widths, drawn_positions, level_type, perturbed_set
+from data.unlearnable_sets import (
+    added,
+    check_radius,
+    check_weights,
+    check_widths,
+    drawn_positions,
+    level_type,
+    perturbed_set,
+)
+from data.victims import answered
 
 # Each image's perturbation between two visits: exact for whole steps, else within 1/512 of a grey level up to a radius
 # of 8. That hardly moves a grey level by itself; over many rounds it leads elsewhere, as another order of sums does.
@@ -171,7 +180,7 @@ def _alternating(clean: ImageSet, config: ErrorMinimisingConfig, seed: int,
             progress(f"round {done}/{config.rounds}: error {error:.4f}")
         if error < config.stop_error:
             break
-    _check_weights(model)
+    check_weights(model)
     return noise
 
 
@@ -216,19 +225,13 @@ def in_steps(clean: ImageSet, config: object, perturb: Callable[..., Tensor], se
         loss = learn(model, optimiser, x, labels, config)
         if progress and (done + 1) % 100 == 0:
             progress(f"step {done + 1}/{config.training_steps}: loss {loss.item():.4f}")
-    _check_weights(model)
+    check_weights(model)
     noise = torch.empty(clean.images.shape, device=clean.images.device, dtype=level_type(config.radius))
     with frozen(model):
         for index in torch.arange(len(noise), device=noise.device).split(config.batch):
             found = perturb(model, clean.images[index].float(), clean.labels[index], generator)
             noise[index] = found.round().to(noise.dtype)  # as `within` would round it: nothing is lost
     return noise
-
-
-def _check_weights(model: nn.Module) -> None:
-    """Without this, a network that blew up would silently leave images all but as they are: the sign of NaN is 0."""
-    finite = all(weight.isfinite().all() for weight in model.parameters())
-    expect(finite, "weights of the surrogate", "finite: a lower rate trains more surely", "NaN or infinite values")
 
 
 def new_surrogate(clean: ImageSet, config: object, *, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -270,8 +273,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def answers(model: nn.Module, images: Tensor, config: object) -> Tensor:
     """(B, K) float32 logits of (B, C, H, W) float grey levels; the network sees them in [0, 1]."""
-    with autocast(images.device, config.precision):
-        return model((images / 255).contiguous(memory_format=torch.channels_last)).float()
+    return answered(model, (images / 255).contiguous(memory_format=torch.channels_last), config.precision)
 
 
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, config: object) -> Tensor:

@@ -20,7 +20,7 @@ from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import PoisonedSet
 from data.resnet import new_resnet
-from data.unlearnable_sets import check_radius, check_widths, drawn_positions, perturbed_set
+from data.unlearnable_sets import check_radius, check_weights, check_widths, drawn_positions, perturbed_set
 from data.victims import VictimConfig, augment, outputs, train_victim
 
 
@@ -75,8 +75,7 @@ def surrogate_views(config: object, channels: int) -> VictimConfig:
 
 def frozen(network: nn.Module) -> nn.Module:
     """The same trained network in evaluation mode, whose weights get no gradients."""
-    broken = any(not weight.isfinite().all() for weight in network.parameters())
-    expect(not broken, "weights of the surrogate", "finite: a lower rate trains more surely", "nan or infinite")
+    check_weights(network)
     return network.eval().requires_grad_(False)
 
 

@@ -113,8 +113,13 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor, config: VictimConfig
 
 def outputs(network: Callable[[Tensor], Tensor], images: Tensor, config: VictimConfig) -> Tensor:
     """Float, what a network (or a part of one) makes of (B, C, H, W) grey levels, in the config's precision."""
-    with autocast(images.device, config.precision):
-        found = network(normalise(images, config))
+    return answered(network, normalise(images, config), config.precision)
+
+
+def answered(network: Callable[[Tensor], Tensor], x: Tensor, precision: str) -> Tensor:
+    """Float, what a network makes of (B, C, H, W) float `x`, which it sees as it is, in one of `PRECISIONS`."""
+    with autocast(x.device, precision):
+        found = network(x)
     return found.float()
 
 
