@@ -365,6 +365,8 @@ def purify(images: int, classes: int, side: int, half: bool) -> Workload:
         Stage("write the PNG files", "images", images, (SAMPLE_FILES,), _write_pngs(side), host=True)),
         planned=True,
         notes=("the deadline of a purification cuts epochs where time is short; this is all of them",
+               "images are counted as on the GPU; a set that takes more than half of its free memory stays on the CPU "
+               "and goes there batch by batch, which takes less of it",
                f"{'bfloat16' if half else 'single precision'} in training, single precision when applied"))
 
 
