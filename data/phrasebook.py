@@ -22,8 +22,12 @@ _REQUESTS = ("both", "add only", "remove only", "none")  # the sections that hol
 _PER_FRAME = 250  # a frame with more fillings than this gives a fixed sample of them
 _NO_GERUND = ("let's", "don't", "do not", "also ", "never ", "no longer ", "kindly ", "just ", "go get ", "go fetch ",
               "go find ")
-_DOUBLES = {"admit", "dispel", "embed", "equip", "expel", "forbid", "forget", "omit", "prefer", "photoshop", "repel",
-            "unplug", "unset"}  # longer verbs that double their last letter; short ones follow a rule
+_DOUBLES = frozenset((  # longer verbs that double their last letter; short ones follow a rule
+    "admit allot begin corral debug dispel embed enrol equip expel forbid forget inset instil inter offset omit outfit "
+    "permit photoshop prefer readmit recrop repel rerun reset sidestep thanos-snap transfer uncrop underpin unpin "
+    "unplug unset unwrap unzip").split())
+_IRREGULAR = {"be": "being", "die": "dying", "lie": "lying", "tie": "tying", "untie": "untying", "magic": "magicking",
+              "mimic": "mimicking", "panic": "panicking"}
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def _sections(split: str) -> dict[str, tuple[str, ...]]:
 def _gerund(clause: str) -> str:
     """`swap {-} out` -> `swapping {-} out`: the -ing form of the first word."""
     verb, blank, rest = clause.partition(" ")
+    if verb in _IRREGULAR:
+        return f"{_IRREGULAR[verb]}{blank}{rest}"
     if re.search(r"[^aeiouy]e$|[aiou][^aeiou]e$|ue$", verb):
         verb = verb[:-1]
     elif verb in _DOUBLES or re.fullmatch(r"[^aeiou]*(?:qu)?[aeiou][^aeiouwxy]", verb):

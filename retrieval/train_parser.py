@@ -71,8 +71,8 @@ _SAVED = 32 * _POOL  # steps between two checkpoints: whole pools, so that a res
 class ParserTrainingConfig:
     """Sizes and schedule. The defaults are the embedded weights."""
 
-    steps: int = 2500  # before neurons are left out; from scratch there is only this stage
-    steps_narrow: int = 6500  # after that
+    steps: int = 3500  # before neurons are left out; from scratch there is only this stage
+    steps_narrow: int = 10000  # after that
     neurons: int = 768  # of each feed-forward part in the end
     batch: int = 32  # sentences a step
     rate: float = 1e-3  # highest learning rate, after the warm-up, of weights that start at random
@@ -84,8 +84,8 @@ class ParserTrainingConfig:
     bent: float = 0.4  # share of frames with a mistyped or another word, in the last stage
     masked: float = 0.05  # share of sub-words hidden from the model
     parted: float = 0.1  # share of words that are split into short pieces, as words never seen are
-    vocabulary: int = 8000  # word pieces
-    corpus: int = 40_000  # sentences that the word pieces are chosen on
+    vocabulary: int = 15_000  # word pieces
+    corpus: int = 60_000  # sentences that the word pieces are chosen on
     layers: int = 3  # the first ones of a pretrained encoder
     width: int = 384  # this and the next from scratch only
     heads: int = 12

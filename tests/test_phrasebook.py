@@ -126,7 +126,8 @@ def test_choices_are_all_read():
     ("swap {-} out", "swapping {-} out"), ("erase {-}", "erasing {-}"), ("free it", "freeing it"),
     ("add {+}", "adding {+}"), ("unplug {-}", "unplugging {-}"), ("throw {-} out", "throwing {-} out"),
     ("break up", "breaking up"), ("greet {+}", "greeting {+}"), ("equip it", "equipping it"),
-    ("see to it", "seeing to it"), ("fix {+}", "fixing {+}")])
+    ("see to it", "seeing to it"), ("fix {+}", "fixing {+}"), ("be rid of it", "being rid of it"),
+    ("tie {+} on", "tying {+} on"), ("unwrap {+}", "unwrapping {+}")])
 def test_gerunds(clause, expected):
     assert _gerund(clause) == expected
 
