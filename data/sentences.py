@@ -27,6 +27,7 @@ EVEN_COUNTS = {(1, 1): 40, (1, 2): 12, (2, 1): 12, (2, 2): 5, (3, 1): 4, (1, 3):
                (1, 0): 5, (0, 1): 5, (2, 0): 4, (0, 2): 4, (3, 0): 3, (0, 3): 3, (0, 0): 2}
 _LENGTHS = {1: 20, 2: 22, 3: 31, 4: 27}  # words in a name -> weight; the last stands for four and more
 _LEAD, _TAIL = 0.2, 0.15  # share of sentences with words before and after the request
+_PLAIN = 0.08  # share of sentences to learn from whose wording is one of the plainest
 _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't you|why|what|how|should|shall|might|"
                        r"may|where|who|won't|couldn't|shouldn't|wouldn't|any|which|must)\b(?!.*[.?!] )", re.IGNORECASE)
 _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, "; ": 1,
@@ -180,6 +181,12 @@ def _frames(split: str, add: int, remove: int) -> tuple[list[list[Template]], li
 
 
 @lru_cache
+def _plain(add: bool, remove: bool) -> tuple[str, ...]:
+    """The plainest wordings of the training split with these sides; each slot takes all names of its side."""
+    return tuple(text for text in phrases("train", "plain") if ("{+}" in text, "{-}" in text) == (add, remove))
+
+
+@lru_cache
 def _kinds(found: tuple[Template, ...]) -> dict[tuple[int, int], list[tuple[int, Template]]]:
     """(slots to add, to remove) -> templates of that kind with their numbers."""
     kinds: dict[tuple[int, int], list[tuple[int, Template]]] = {}
@@ -198,7 +205,9 @@ def _verbs(split: str) -> frozenset[str]:
 def _frame_text(split: str, add: int, remove: int, rng: random.Random, strange: bool, others: Sequence[str]) -> str:
     """A template with what may stand before and after it; if `strange`, a word in each part is another or mistyped."""
     frames, weights = _frames(split, add, remove)
-    text = rng.choice(rng.choices(frames, cum_weights=weights)[0]).text
+    plain = _plain(add > 0, remove > 0) if split == "train" else ()
+    text = rng.choice(plain) if plain and rng.random() < _PLAIN else \
+        rng.choice(rng.choices(frames, cum_weights=weights)[0]).text
     if strange and add and remove:
         text = _with_strange_word(text, rng, others)
     extras = []

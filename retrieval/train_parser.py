@@ -71,8 +71,8 @@ _SAVED = 32 * _POOL  # steps between two checkpoints: whole pools, so that a res
 class ParserTrainingConfig:
     """Sizes and schedule. The defaults are the embedded weights."""
 
-    steps: int = 3500  # before neurons are left out; from scratch there is only this stage
-    steps_narrow: int = 10000  # after that
+    steps: int = 2500  # before neurons are left out; from scratch there is only this stage
+    steps_narrow: int = 8000  # after that
     neurons: int = 768  # of each feed-forward part in the end
     batch: int = 32  # sentences a step
     rate: float = 1e-3  # highest learning rate, after the warm-up, of weights that start at random
