@@ -55,7 +55,7 @@ def build_zoo(folder: Path, jobs: Sequence[ZooJob], sets: Sets, *, in_turn: InTu
     victim's triggered test images (`triggered_images` finds them there).
     """
     folder = Path(folder)
-    checksums = {name: _checksum(*sets[name]) for name in {job.set_name for job in jobs}}
+    checksums = {name: _checksum(*sets[name]) for name in dict.fromkeys(job.set_name for job in jobs)}
     prints = {job.name: fingerprint(json.dumps(job.settings(), sort_keys=True), checksums[job.set_name])
               for job in jobs}
     by_name = {job.name: job for job in jobs}

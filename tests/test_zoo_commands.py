@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 import retrieval.train_parser
+from retrieval.train_parser import ParserTrainingConfig
 from submit import weight_commands
 from submit.dev_splits import TINY_ZOO
 from tests.test_score_command import run
@@ -101,7 +102,7 @@ def test_weights_are_trained_into_a_new_folder(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, key, steps", [("encoder", "cfg", {"steps": 5}), ("backbone", "config", {"steps": 5}),
-                                              ("parser", "config", {"steps": 900, "steps_narrow": 6500})])
+                                              ("parser", "config", {"steps": 900})])
 def test_weights_are_trained_longer_where_asked(capsys, tmp_path, monkeypatch, name, key, steps):
     seen = {}
 
@@ -117,7 +118,8 @@ def test_weights_are_trained_longer_where_asked(capsys, tmp_path, monkeypatch, n
     assert json.loads((tmp_path / "new" / "card.json").read_text())["command"] == f"train --steps {steps['steps']}"
     if name == "parser":  # two stages
         shutil.rmtree(tmp_path / "new")
-        run(capsys, "weights", "train", name, *asked[:-1], 18_000, "--start", tmp_path)
-        assert (seen[key].steps, seen[key].steps_narrow) == (5000, 13_000)
+        plain = ParserTrainingConfig()
+        run(capsys, "weights", "train", name, *asked[:-1], 2 * (plain.steps + plain.steps_narrow), "--start", tmp_path)
+        assert (seen[key].steps, seen[key].steps_narrow) == (2 * plain.steps, 2 * plain.steps_narrow)
     status, _, err = run(capsys, "weights", "train", name, "--out", tmp_path / "other", "--steps", 0)
     assert status == 2 and "--steps: expected >= 1, found 0" in err
