@@ -190,7 +190,7 @@ def pickles(package: Submission) -> tuple[str, Iterator[Broken]]:
                 yield Broken(package.inside(path), problem, "store tensors alone: torch.save(model.state_dict()), "
                                                             "or safetensors")
 
-    return f"{len(found)} files of weights", breaches()
+    return f"{len(found)} pickled files of weights", breaches()
 
 
 def _asked_for(path: Path) -> str:

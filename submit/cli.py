@@ -470,10 +470,11 @@ def _use_preset(name: str, weights: Path | None) -> tuple[Path, ...]:
 
 def _use_retrieval_weights(weights: Path | None, *, needed: bool) -> list[Path]:
     """The files of encoder and parser in a folder of weights; it may hold neither unless they are needed."""
-    from retrieval.nets import PARTS, WEIGHTS, weight_folders
+    from retrieval.nets import PARTS, WEIGHTS
+    from submit.weights_registry import retrieval_folders
 
     asked = weights is not None and (needed or any((weights / part).is_dir() for part in PARTS))
-    folders = weight_folders(weights if asked else None)
+    folders = retrieval_folders(weights if asked else None)
     os.environ[WEIGHTS] = str(weights.resolve()) if folders else ""
     return sorted(file for folder in folders.values() for file in folder.rglob("*") if file.is_file())
 

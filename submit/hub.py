@@ -31,5 +31,6 @@ def asking(what: str, mend: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # of httpx, requests or the library itself, by its version
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
+        cause = str(error.__cause__ or "")
+        reason = " ".join(f"{error} {'' if cause in str(error) else cause}".split()) or type(error).__name__
         raise InputError(f"{what}: expected an answer of {endpoint()}, found {reason[:300]}; {mend}") from None

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -85,7 +87,7 @@ def run_submission(package: Submission, data: Path, out: Path, judge: Judge) -> 
         if not progress.failed:  # else their reason is named already
             lines += [Line(False, "answers", str(problem)) for problem in result.problems[:LISTED]]
     except InputError as problem:
-        lines.append(Line(False, "score", str(problem)))
+        lines.append(Line(False, "score", str(problem).replace(f"{out}{os.sep}", "")))  # once is enough
     seconds = sum(ending.seconds for ending in progress.endings)
     return Judged(tuple(lines), result, split.problems, seconds, judge.tier)
 
@@ -262,8 +264,14 @@ def _reason(ending: Ending) -> str:
     if ending.ended != "exit":
         return {"start": "could not be started"}.get(ending.ended, f"met the limit of {ending.ended}") + (
             f": {_last_line(ending)}" if ending.ended == "start" else "")
-    how = f"signal {-ending.status}" if ending.status and ending.status < 0 else f"exit status {ending.status}"
-    return f"ended with {how}: {_last_line(ending)}" if _last_line(ending) else f"ended with {how}"
+    return f"ended with {_how(ending.status)}" + (f": {_last_line(ending)}" if _last_line(ending) else "")
+
+
+def _how(status: int | None) -> str:
+    """An exit status in words. Above 128 it stands for a signal, as shells and bubblewrap pass one on."""
+    number = abs(status or 0) if (status or 0) < 0 else (status or 0) - 128
+    name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""
+    return f"signal {number}{name}" if status is not None and status < 0 else f"exit status {status}{name}"
 
 
 def _last_line(ending: Ending) -> str:
@@ -283,9 +291,10 @@ def _limit_lines(limits: Limits, progress: Progress) -> Iterator[Line]:
     total = sum(ending.seconds for ending in endings)
     yield Line("seconds" not in met, "time", f"{total:.1f} s, limit {_or_none(limits.seconds)}")
     if limits.seconds_per_sample is not None:
+        over = "seconds_per_sample" in met  # then how long the sample would have taken is not known
         longest = max(progress.seconds.values(), default=0.0)
-        yield Line("seconds_per_sample" not in met, "time a sample",
-                   f"{longest:.1f} s at most, limit {limits.seconds_per_sample:g}")
+        took = f"more than {limits.seconds_per_sample:.1f} s" if over else f"{longest:.1f} s at most"
+        yield Line(not over, "time a sample", f"{took}, limit {limits.seconds_per_sample:g}")
     peak = max((ending.peak_bytes for ending in endings), default=0)
     yield Line("memory_bytes" not in met, "memory", f"{peak / GIB:.2f} GiB, limit {limits.memory_gib:g}")
     most = max((ending.peak_processes for ending in endings), default=0)

@@ -179,10 +179,10 @@ def _replace_nets(contents: dict[str, bytes], choice: Choice) -> None:
     """Encoder and parser of a folder of weights in place of the embedded ones; a part that it lacks stays."""
     expect(choice.preset == "embedded", "--preset", "anomaly, the task that has presets", "retrieval")
     from retrieval.encoder import CONFIGS, WEIGHTS
-    from retrieval.nets import weight_folders
+    from submit.weights_registry import retrieval_folders
 
     ours = {theirs: names[0] for names in (CONFIGS, WEIGHTS) for theirs in names}
-    for part, folder in weight_folders(choice.weights).items():
+    for part, folder in retrieval_folders(choice.weights).items():
         place = ENCODER.parent.with_name(part)
         for name in [name for name in contents if Path(name).is_relative_to(place)]:
             del contents[name]

@@ -190,10 +190,16 @@ def _supervise(spec: Path) -> None:
 def _ending(box: Box) -> Ending:
     outcome = json.loads((box.folder / "outcome.json").read_text(encoding="utf-8"))
     records = list(_records(box.logs / "events.jsonl"))
-    events = [Event(r["kind"], r["what"], r["line"], r["denied"]) for r in records if r["kind"] != "start"]
-    errors = _last_output(box.logs / "stderr").replace(f"{box.package}{os.sep}", "")  # files as the package names them
+    events = [Event(r["kind"], _inside(r["what"], box), r["line"], r["denied"])
+              for r in records if r["kind"] != "start"]
+    errors = _inside(_last_output(box.logs / "stderr"), box)
     return Ending(**outcome, errors=errors, events=tuple(dict.fromkeys(events)),
                   watched=sum(r["kind"] == "start" for r in records))
+
+
+def _inside(text: str, box: Box) -> str:
+    """The text with files of the package as the package names them, and others of the box from the box on."""
+    return text.replace(f"{box.package}{os.sep}", "").replace(f"{box.folder}{os.sep}", "")
 
 
 def _last_output(path: Path) -> str:

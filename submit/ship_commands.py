@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,12 +72,12 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
     use_rules(rules)
     judge = Judge(best_tier(tier), _interpreter(python), seed)
     expect(Path(judge.python).is_file(), "--python", "an interpreter", judge.python)
-    with opened(path, task) as submission:
+    with ended_as_by_ctrl_c(), opened(path, task) as submission:
         task = submission.task
         given = data or dev_split(task, seed)
         try:
             judged = run_submission(submission, given, runs / "predictions" / task, judge)
-        except BaseException:  # also Ctrl-C: what is there has no record
+        except BaseException:  # also an interruption: what is there has no record
             shutil.rmtree(runs, ignore_errors=True)
             raise
     outcome = None if judged.result is None else Outcome(
@@ -96,6 +99,18 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
         print(DEV_NOTE)
     print(plain(f"{path}: {task}, {broken} broken; record: {runs / 'record.json'}"))
     return broken
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """In here the signals of `timeout`, of batch systems and of a terminal that closes interrupt as Ctrl-C does."""
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN]
+    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _interpreter(python: Path | None) -> str:

@@ -84,6 +84,17 @@ def how_to_get(name: str) -> str:
             f"`python -m submit weights freeze {name} --out DIR`, then copy DIR here and give it as --weights DIR")
 
 
+def retrieval_folders(weights: Path | None) -> dict[str, Path]:
+    """`retrieval.nets.weight_folders`; where both parts lack, the error says what to run where."""
+    from retrieval.nets import weight_folders
+
+    try:
+        return weight_folders(weights)
+    except InputError as lack:
+        encoders = [weight.name for weight in read_registry().values() if weight.folder == "encoder"]
+        raise InputError(f"{lack}; {how_to_get(' '.join(encoders))}") from None
+
+
 def preset_files(name: str, weights: Path | None) -> tuple[Path, ...]:
     """`anomaly.presets.weight_files` of a preset; where some lack, the error says what to run where."""
     from anomaly.presets import preset, weight_files

@@ -123,6 +123,7 @@ def test_a_disk_filling_program_is_ended(boxed):
 def test_a_flood_of_output_is_ended(quickly):
     ending = quickly("", command=["sh", "-c", "yes"], seconds=30)
     assert ending.ended == "written_bytes" or ending.status != 0
+    assert ending.ended != "written_bytes" or ending.written_bytes > 10**7  # bug: 0 bytes met the limit
     assert (quickly.box.logs / "stdout").stat().st_size < 10**9
 
 
@@ -180,6 +181,7 @@ def test_writing_elsewhere_is_denied_and_named(boxed, tmp_path):
     assert ending.status == 0 and (boxed.box.logs / "stdout").read_text() == "", ending.errors
     denied = {event.line for event in ending.events if event.kind == "write" and event.denied}
     assert denied == {f"main.py:{line}" for line in (14, 15, 16, 17, 18, 19, 21)}
+    assert {"main.py", "new"} <= {event.what for event in ending.events}  # as the package names them, not in the box
     assert not (tmp_path / "out").exists() and (tmp_path / "mine").exists() and (boxed.box.package / "main.py").exists()
     assert (boxed.box.package / "output" / "fine").exists()
 
@@ -387,7 +389,16 @@ def test_missing_and_linked_scores_are_named(submission, parts, tmp_path):
 def test_scripts_that_go_wrong_end_in_a_verdict(submission, parts, tmp_path, script, limits, rule, text):
     _, broken = judged(submission("", script), parts, tmp_path, **limits)
     assert any(rule == r and text in t for r, t in broken), broken
-    assert any(r == "score" and "no such file" in t.lower() for r, t in broken)
+    assert any(r == "score" and "no such file" in t.lower() and t.count(str(tmp_path)) == 1 for r, t in broken)
+
+
+@pytest.mark.parametrize("tier", WORKING)
+def test_a_script_that_dies_of_a_signal_is_told(submission, parts, tmp_path, tier):
+    """Bug: as the first process of its namespaces it was not ended by its own signal."""
+    package = read_submission(submission("", "#!/bin/sh\nkill -SEGV $$\nexit 0\n"), "anomaly")
+    found = run_submission(package, parts, tmp_path / "kept", Judge(tier))
+    (said,) = [line.text for line in found.lines if line.rule == "answers"]
+    assert said in ("run.sh: ended with signal 11 (SIGSEGV)", "run.sh: ended with exit status 139 (SIGSEGV)")
 
 
 def test_a_script_that_is_not_there_is_named(submission, parts, tmp_path):
@@ -407,18 +418,20 @@ def test_a_script_whose_interpreter_is_missing_is_named(submission, parts, tmp_p
     assert said == [f"run.sh: line 1: expected #! and a program that exists, found {first!r}"]
 
 
-def test_an_interrupted_command_leaves_no_folder(submission, parts, tmp_path, monkeypatch, capsys):
-    """Bug: the empty folder of its predictions stayed."""
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_command_leaves_no_folder(submission, parts, tmp_path, monkeypatch, capsys, kind):
+    """Bugs: the empty folder of its predictions stayed; after SIGTERM, as `timeout` sends it, the whole box."""
     def interrupted(spec):
         assert list((tmp_path / "runs").glob("*-run/predictions/anomaly/.box-*"))
-        raise KeyboardInterrupt
+        signal.raise_signal(kind)
 
+    before = signal.getsignal(kind)
     monkeypatch.setattr(sandbox, "_supervise", interrupted)
     with pytest.raises(SystemExit) as done:
         main(["run", str(submission("")), "--data", str(parts), "--task", "anomaly", "--tier", "audit",
               "--runs", str(tmp_path / "runs")])
     assert done.value.code == 130 and "interrupted" in capsys.readouterr().err
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list((tmp_path / "runs").iterdir()) == [] and signal.getsignal(kind) is before
 
 
 def some_models(tmp_path, count):
@@ -495,7 +508,7 @@ def test_models_that_cannot_be_answered_are_named_and_the_others_are(tmp_path):
 
 @pytest.mark.parametrize(("ended", "calls", "reasons"), [
     ("seconds_per_sample", 2, ["met the limit of seconds_per_sample"]),
-    ("exit", 2, ["ended with signal 9: Killed"]),
+    ("exit", 2, ["ended with signal 9 (SIGKILL): Killed"]),
     ("memory_bytes", 1, ["met the limit of memory_bytes", "met the limit of memory_bytes"]),
 ])
 def test_after_a_model_that_was_stopped_the_others_go_on(tmp_path, monkeypatch, ended, calls, reasons):
@@ -518,6 +531,8 @@ def test_after_a_model_that_was_stopped_the_others_go_on(tmp_path, monkeypatch, 
     found, broken = judged(folder, zoo, tmp_path, "backdoor")
     assert asked == [["0", "1", "2"], ["2"]][:calls]
     assert [text.split(": ", 1)[1] for rule, text in broken if rule == "answers"] == reasons
+    over = [text for rule, text in broken if rule == "time a sample"]  # bug: said the time of those that were answered
+    assert over == (["more than 60.0 s, limit 60"] if ended == "seconds_per_sample" else [])
     assert found.result.n == (2 if calls == 2 else 1) and names[0] == found.result.parts[0]["model"]
 
 

@@ -396,7 +396,9 @@ def test_a_preset_that_cannot_run_is_named(capsys, parts, options, message):
     ("retrieval", ("--preset", "musc"), "--preset: expected with anomaly or all, found retrieval"),
     ("backdoor", ("--preset", "musc"), "--preset: expected with anomaly or all, found backdoor"),
     ("backdoor", ("--weights", "nets"), "--weights: expected with retrieval, anomaly or all, found backdoor"),
-    ("retrieval", ("--weights", "nets"), "nets: expected a folder encoder/ or parser/ in it, found neither"),
+    ("retrieval", ("--weights", "nets"), "nets: expected a folder encoder/ or parser/ in it, found neither; where "
+     "there is a network run `python -m submit weights fetch ViTamin-L-384` and `python -m submit weights freeze "
+     "ViTamin-L-384 --out DIR`, then copy DIR here and give it as --weights DIR"),
     ("anomaly", ("--explain",), "--explain: expected with retrieval or all, found anomaly"),
 ])
 def test_an_option_of_another_task_is_refused(capsys, task, options, message):

@@ -129,8 +129,9 @@ def test_offline_nothing_is_asked(hub, tmp_path, monkeypatch, refuses):
 
 def test_no_hub_at_the_address(tmp_path, hub, refuses):
     hub.close()
-    with refuses(f"expected an answer of {hub.address}, found"):
+    with refuses(f"expected an answer of {hub.address}, found") as found:
         fetch(NET, tmp_path, say=silent)
+    assert str(found.value).count("[Errno ") == 1  # bug: the reason stood there twice
 
 
 def test_what_was_fetched_from_elsewhere_does_not_count(hub, tmp_path):

@@ -71,7 +71,24 @@ def main():
         print("confine:", error, file=sys.stderr)
         sys.exit(IMPOSSIBLE)
     os.chdir(os.getcwd())  # into the folder as it is mounted now
-    os.execvp(sys.argv[2], sys.argv[2:])
+    sys.exit(run(sys.argv[2:]))
+
+
+def run(command):
+    """Exit status of the command, 128 + its number for a signal. As the first process of a namespace it would not be
+    ended by its own signals, so it is the second."""
+    child = os.fork()
+    if not child:
+        try:
+            os.execvp(command[0], command)
+        except OSError as error:
+            print(error, file=sys.stderr)
+            os._exit(127)
+    while True:  # whatever else it leaves behind is reaped, too
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def measure(spec, found):
                       ("written_bytes", "written_bytes")):
         if found[name] > limits[key]:
             found["ended"] = key
-    if used(spec["ours"]) > limits["our_bytes"]:
-        found["ended"] = "written_bytes"
+    ours = used(spec["ours"])
+    if ours > limits["our_bytes"]:
+        found["ended"], found["written_bytes"] = "written_bytes", max(found["written_bytes"], ours)
 
 
 def heartbeat(path):
