@@ -271,6 +271,14 @@ def test_a_run_as_the_judge_shows_its_verdicts(tmp_path, scored):
     assert made.limits == () and "<script" not in text
 
 
+def test_rows_of_several_runs_say_of_which(tmp_path, scored):
+    other = shutil.copytree(scored, scored.with_name("20260102-101509-2-score-all"))
+    alone, together = (page(tmp_path, *runs)[0] for runs in ([scored], [scored, other]))
+    for one in (scored, other):
+        row = f'<tr><td>anomaly<br><span class="soft">{one.name}</span></td>'
+        assert row not in alone and row in together
+
+
 def test_nothing_is_overwritten_unasked(tmp_path, scored, refuses):
     out = tmp_path / "page.html"
     out.write_text("mine")
