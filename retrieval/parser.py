@@ -39,6 +39,9 @@ _DETERMINERS = frozenset(("a", "an", "the", "my", "your", "our", "his", "her", "
 _JOINTS = frozenset((",", "and", "or"))
 _QUOTES = frozenset(("'", '"', "`"))
 _POLITE = frozenset(("please", "pls", "plz", "thanks", "thx", "cheers"))
+_PAIRING = frozenset(("and", "&"))
+_PAIR_DOUBT = 3.0  # log-odds against "and" within a name: the lists learned from hold more such names than requests do
+_STROKES = frozenset(("-", "+"))
 _LINKS = frozenset(("and", "or", "nor", "of", "with", "without", "for", "by", "to", "from", "into", "than", "instead"))
 
 
@@ -125,6 +128,7 @@ class Parser:
         for start in range(0, len(order), batch):
             rows = order[start:start + batch]
             scores, mask = self.scores([encoded[i] for i in rows])
+            scores = corrected(scores, [words[i] for i in rows])
             paths = best_paths(scores, mask, glue([words[i] for i in rows], mask))
             for i, path, own in zip(rows, paths.tolist(), scores, strict=True):
                 found[i] = modification(texts[i], words[i], one_side_a_list(words[i], path, own))
@@ -204,6 +208,17 @@ def glue(words: list[list[Word]], mask: Tensor) -> Tensor:
     width = mask.shape[1]
     rows = [[word.glued for word in row[:width]] + [False] * (width - len(row)) for row in words]
     return torch.tensor(rows, device=mask.device)
+
+
+def corrected(scores: Tensor, words: list[list[Word]]) -> Tensor:
+    """Scores (B, W, 5) with what is known beforehand: a dash or plus that stands apart is in no name, "and" seldom."""
+    width = scores.shape[1]
+    doubt = [[(torch.inf if word.plain in _STROKES and not word.glued else _PAIR_DOUBT * (word.plain in _PAIRING))
+              for word in row[:width]] + [0.0] * (width - len(row)) for row in words]
+    inside = torch.ones(len(LABELS), device=scores.device)
+    inside[OUTSIDE] = 0
+    less = torch.tensor(doubt, device=scores.device)[..., None].clamp(max=1e4) * inside
+    return scores - less
 
 
 def legal_steps(device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from retrieval.parser import (
     Modification,
     Parser,
     best_paths,
+    corrected,
     legal_steps,
     load_parser,
     modification,
@@ -401,7 +402,7 @@ def test_the_embedded_weights_read_alike_in_one_batch_or_many():
     ("delte the car and ad a bus", ["bus"], ["car"]),
     ("+red mug -blue bowl", ["red mug"], ["blue bowl"]),
     ("before adding a fern, take away the sofa", ["fern"], ["sofa"]),
-    ("let's say goodbye to the vase — hello, fruit bowl!", ["fruit bowl"], ["vase"]),
+    ("say goodbye to the vase — hello, fruit bowl!", ["fruit bowl"], ["vase"]),
     ("Remove the salt and pepper shakers set, add a teapot with floral pattern",
      ["teapot with floral pattern"], ["salt and pepper shakers set"]),
     ("What if the fridge was an oven?", ["oven"], ["fridge"]),
@@ -437,3 +438,12 @@ def test_weights_with_other_labels_or_missing_tensors_are_refused(tmp_path, refu
     save_file(tensors, tmp_path / "copy" / "model.safetensors")
     with pytest.raises(RuntimeError, match=r"Missing key.*classifier.bias"):
         load_parser(tmp_path / "copy", CPU)
+
+
+def test_a_stroke_that_stands_apart_is_in_no_name_and_joining_words_are_doubted():
+    row = split_words("x-ray - cup and ball")
+    scores = corrected(torch.zeros(1, len(row) + 1, 5), [row])[0]
+    plain = [word.plain for word in row]
+    assert plain == ["x", "-", "ray", "-", "cup", "and", "ball"]
+    assert (scores[:, 0] == 0).all()
+    assert scores[:, 1:].amax(1).tolist() == pytest.approx([0, 0, 0, -1e4, 0, -3.0, 0, 0])
