@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -398,7 +400,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be what a terminal can show
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        status = app(arguments, standalone_mode=False)
+        with _ended_as_by_ctrl_c():
+            status = app(arguments, standalone_mode=False)
     except UsageProblem as error:
         asked_nothing = type(error).__name__ == "NoArgsIsHelpError"  # the help is printed already
         reason = error.format_message().replace("Value error, ", "")
@@ -414,6 +417,19 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted: what is finished is kept, and the same command goes on from there; `run` starts anew",
               file=sys.stderr)
     sys.exit(status)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """In here the signals of `timeout`, of batch systems and of a terminal that closes interrupt as Ctrl-C does: what
+    would be left is cleaned up, and no worker goes on."""
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN]
+    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _complain(message: object) -> int:

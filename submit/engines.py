@@ -98,24 +98,28 @@ def each(work: Callable[[Any], Any], items: Sequence[Any], engine: Engine = HERE
 @dataclass(frozen=True)
 class Surroundings:
     """What a worker gets handed over: variables, the folder that relative paths start from, and where the GPUs of this
-    machine are locked, if there are several to choose from."""
+    machine are locked, if there are several to choose from. parent: the process that asked, on this machine; else 0."""
 
     variables: Mapping[str, str]
     folder: str
     locks: Path
     gpus: int
+    parent: int
 
 
 def _surroundings(engine: Engine, locks: str) -> Surroundings:
     variables = {name: value for name, value in os.environ.items() if name.startswith(KIT)}
     device = engine.device or variables.get(VARIABLE, "auto")
-    several = engine.name == "local" and device in ("auto", "cuda")
-    return Surroundings({**variables, VARIABLE: device}, os.getcwd(), Path(locks), _device_count() if several else 0)
+    local = engine.name == "local"
+    gpus = _device_count() if local and device in ("auto", "cuda") else 0
+    return Surroundings({**variables, VARIABLE: device}, os.getcwd(), Path(locks), gpus, os.getpid() if local else 0)
 
 
 def _piece(work: Callable[[Any], Any], here: Surroundings, item: tuple[int, Any]) -> tuple[int, Any]:
     """In a worker: with the settings and the folder of the process that asked, on the worker's own GPU."""
     position, value = item
+    if here.parent and os.getppid() != here.parent:
+        os._exit(1)  # who asked was killed: nobody takes this in, and its files would appear beside later runs'
     os.chdir(here.folder)
     os.environ.update(here.variables)
     if here.gpus > 1:

@@ -3,10 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,7 +69,7 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
     use_rules(rules)
     judge = Judge(best_tier(tier), _interpreter(python), seed)
     expect(Path(judge.python).is_file(), "--python", "an interpreter", judge.python)
-    with ended_as_by_ctrl_c(), opened(path, task) as submission:
+    with opened(path, task) as submission:
         task = submission.task
         given = data or dev_split(task, seed)
         try:
@@ -99,18 +96,6 @@ def run(path: Path, *, data: Path | None, task: str | None, tier: str, python: P
         print(DEV_NOTE)
     print(plain(f"{path}: {task}, {broken} broken; record: {runs / 'record.json'}"))
     return broken
-
-
-@contextmanager
-def ended_as_by_ctrl_c() -> Iterator[None]:
-    """In here the signals of `timeout`, of batch systems and of a terminal that closes interrupt as Ctrl-C does."""
-    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN]
-    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _interpreter(python: Path | None) -> str:

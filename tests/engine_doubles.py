@@ -42,6 +42,11 @@ def die_once(x, folder):
     return os.getpid(), os.environ["KIT_DEVICE"]
 
 
+def write_slowly(x, folder):
+    (Path(folder) / str(x)).write_text("")
+    time.sleep(0.3)
+
+
 def always_die(x):
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -2,6 +2,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -68,6 +71,22 @@ def test_work_that_always_kills_its_worker_ends_the_run(on_cpu, refuses):
     for items in ([1, 2], [1]):  # also a single piece is done by a worker, not here
         with refuses(f"--engine local: expected workers that live, found 3 that died, {len(items)} pieces not done: "):
             list(each(always_die, items, Engine("local", 2)))
+
+
+def test_workers_stop_where_the_process_that_asked_was_killed(tmp_path):
+    """Bug: they went through all pieces that were handed out, and wrote beside the run that was started next."""
+    work = "each(partial(write_slowly, folder=sys.argv[1]), range(200), Engine('local', 4))"
+    lines = ["import sys", "from functools import partial", "from submit.engines import Engine, each",
+             "from tests.engine_doubles import write_slowly", f"list({work})"]
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(lines), tmp_path], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    written = len(list(tmp_path.iterdir()))
+    time.sleep(1.5)
+    assert written >= 4 and len(list(tmp_path.iterdir())) <= written + 1  # handed out were four more
 
 
 def test_what_work_raises_ends_the_run(on_cpu):
