@@ -178,7 +178,7 @@ def gathered(tasks: Sequence[Task]) -> dict[str, Any]:
 def options_of(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder that holds the recipe's image sets; none for built-in ones")
-    parser.add_argument("--recipe", default="contest", help="built in (tiny, cpu, contest) or a TOML file")
+    parser.add_argument("--recipe", default="contest", help="built in (tiny, half, cpu, contest) or a TOML file")
     parser.add_argument("--workers", type=int, default=1, help="networks side by side")
     parser.add_argument("--detectors", default=",".join(DETECTORS), help="some of them, with commas between")
     parser.add_argument("--most", type=int, help="only so many networks, the first in the order")

@@ -67,17 +67,20 @@ def read_digits(*, seed: int = 0, size: int = 16) -> tuple[ImageSet, ImageSet]:
     return whole.subset(order[cut:]), whole.subset(order[:cut])
 
 
-def read_mnist(root: Path) -> tuple[ImageSet, ImageSet]:
-    """MNIST from `root/MNIST/raw/*-ubyte` (nothing is downloaded), padded from 28 to 32, as RGB."""
-    return _mnist_half(root, train=True), _mnist_half(root, train=False)
+def read_mnist(root: Path, *, size: int = 32) -> tuple[ImageSet, ImageSet]:
+    """MNIST from `root/MNIST/raw/*-ubyte` (nothing is downloaded), padded from 28 to 32, resized (bilinear), as RGB."""
+    return _mnist_half(root, size, train=True), _mnist_half(root, size, train=False)
 
 
-def _mnist_half(root: Path, train: bool) -> ImageSet:
+def _mnist_half(root: Path, size: int, train: bool) -> ImageSet:
     try:
         half = MNIST(str(root), train=train, download=False)
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{root}: expected MNIST/raw/*-ubyte files, found {error}") from None
-    images = pad(half.data.unsqueeze(1), (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous()
+    images = pad(half.data.unsqueeze(1), (2, 2, 2, 2))
+    if size != images.shape[2]:
+        images = interpolate(images, (size, size), mode="bilinear", antialias=True)
+    images = images.expand(-1, 3, -1, -1).contiguous()
     return ImageSet(images, half.targets.long(), 10, "mnist")
 
 

@@ -17,7 +17,7 @@ from data.toml_files import read_toml
 from data.victims import VictimConfig
 
 FOLDER = Path(__file__).with_name("recipes")
-BUILT_IN = ("tiny", "cpu", "contest")
+BUILT_IN = ("tiny", "half", "cpu", "contest")
 KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple": (list, tuple), "Mapping": dict}
 
 

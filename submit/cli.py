@@ -201,7 +201,7 @@ def run(
 @zoo_app.command("build", epilog="Example: python -m submit zoo build --recipe tiny --out zoos/mine")
 def zoo_build(
     out: Annotated[Path, typer.Option(help="Folder of the zoo; finished models in it are kept.")],
-    recipe: Annotated[str, typer.Option(help="tiny, cpu, contest, or a TOML file as in data/recipes.")] = "tiny",
+    recipe: Annotated[str, typer.Option(help="tiny, half, cpu, contest, or a TOML file as in data/recipes.")] = "tiny",
     data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
     engine: EngineName = "local", workers: Networks = 0,
     seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.", min=0, max=2**63 - 1)] = None,

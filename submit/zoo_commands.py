@@ -75,9 +75,8 @@ def read_set(plan: SetPlan, data: Path | None) -> tuple[ImageSet, ImageSet]:
         train, test = read_digits(size=plan.size)
     else:
         expect(data is not None, "--data", f"the folder that holds {plan.name}/", "nothing")
-        train, test = read_mnist(data / plan.name) if plan.name == "mnist" else \
-            read_image_folder(data / plan.name, size=plan.size)
-    expect(train.images.shape[2] == plan.size, f"set {plan.name}: size", train.images.shape[2], plan.size)
+        read = read_mnist if plan.name == "mnist" else read_image_folder
+        train, test = read(data / plan.name, size=plan.size)
     if 0 < plan.images < len(train.images):
         order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(SUBSET_SEED))
         train = train.subset(order[:plan.images])

@@ -80,7 +80,7 @@ def test_networks_below_a_floor_are_counted_and_in_no_table_and_changed_settings
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--recipe", "none"), "recipe: expected a TOML file or one of tiny, cpu, contest, found none"),
+    (("--recipe", "none"), "recipe: expected a TOML file or one of tiny, half, cpu, contest, found none"),
     (("--detectors", "guess"), "--detectors: expected some of ours, trodo, report, mmbd"),
     (("--device", "tpu"), "expected auto, cpu, cuda or cuda:N, found tpu"),
     (("--workers", "0"), "--workers: expected > 0, found 0"),

@@ -60,6 +60,11 @@ def test_mnist_is_padded(tmp_path, refuses):
     assert train.images.shape == (3, 3, 32, 32)
     assert np.array_equal(train.images[:, 1, 2:30, 2:30].numpy(), levels)
     assert int(train.images.long().sum()) == 3 * int(levels.sum())  # nothing else is set
+    small = read_mnist(tmp_path, size=16)[0].images
+    assert small.shape == (3, 3, 16, 16) and small.is_contiguous()
+    for whole, halved in zip(train.images[:, 0], small[:, 0], strict=True):
+        expected = Image.fromarray(whole.numpy()).resize((16, 16), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(expected).astype(int) - halved.numpy().astype(int)).max() <= 1
     with refuses(r"elsewhere: expected MNIST/raw/\*-ubyte files, found"):
         read_mnist(tmp_path / "elsewhere")
 

@@ -160,7 +160,7 @@ def test_shares_of_clean_images_are_tables_of_their_own(capsys):
     ('victims = "victims.toml"\n[defenses]', "mine.toml: defenses: expected at least one [defenses.NAME], found none"),
     ("colour = 1", "mine.toml: sweep: expected some of victims, defenses, clean, seeds, found colour"),
     ("victims = ", "mine.toml: expected a sweep, found "),
-    (SWEEP.replace("victims.toml", "gone.toml"), "recipe: expected a TOML file or one of tiny, cpu, contest"),
+    (SWEEP.replace("victims.toml", "gone.toml"), "recipe: expected a TOML file or one of tiny, half, cpu, contest"),
     (SWEEP.replace("deviations", "height"), "clp: expected some of deviations, found height"),
     (SWEEP.replace("deviations = 1.0", 'deviations = "x"'), "clp"),
     (SWEEP.replace('"clp"\n', '"nix"\n'), "defenses clp, bold: expected one of tsbd"),

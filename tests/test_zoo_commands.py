@@ -79,7 +79,7 @@ def test_a_strange_model_file_is_named_and_the_others_listed(capsys, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--recipe", "cpu"], "--data: expected the folder that holds cifar10/, found nothing"),
     (["--recipe", "cpu", "--data", "nowhere"], "nowhere"),
-    (["--recipe", "huge"], "recipe: expected a TOML file or one of tiny, cpu, contest, found huge"),
+    (["--recipe", "huge"], "recipe: expected a TOML file or one of tiny, half, cpu, contest, found huge"),
     (["--workers", "-1"], "Invalid value for '--workers'"), (["--seed", "9" * 30], "Invalid value for '--seed'"),
 ])
 def test_wrong_recipes_end_in_one_line(capsys, tmp_path, arguments, message):

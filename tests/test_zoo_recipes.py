@@ -73,8 +73,8 @@ def test_a_job_keeps_its_seed_when_the_recipe_grows():
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_recipes_are_read(name):
     made = jobs(read_recipe(name))
-    assert len(made) >= {"tiny": 16, "cpu": 40, "contest": 60}[name]
-    assert len({job.attack for job in made if job.attack}) >= {"tiny": 5, "cpu": 8, "contest": 8}[name]
+    assert len(made) >= {"tiny": 16, "half": 50, "cpu": 40, "contest": 60}[name]
+    assert len({job.attack for job in made if job.attack}) >= {"tiny": 5, "half": 8, "cpu": 8, "contest": 8}[name]
     assert {job.attack is None for job in made if job.victim.radius} == {True, False}
     if name != "tiny":
         assert {job.set_name for job in made} == {"cifar10", "mnist", "gtsrb32"}
@@ -114,7 +114,7 @@ def test_what_is_wrong_with_a_recipe_is_named(write, refuses, text, message):
 
 
 def test_a_recipe_that_does_not_exist_is_named(refuses):
-    with refuses("recipe: expected a TOML file or one of tiny, cpu, contest, found nope"):
+    with refuses("recipe: expected a TOML file or one of tiny, half, cpu, contest, found nope"):
         read_recipe("nope")
 
 
