@@ -1,7 +1,7 @@
 """The shipped detector: from a model and a folder of clean images to a verdict, before a deadline.
 
-One universal perturbation a class (`universal.py`), then the question whether the class that reaches furthest
-stands out from the others (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
+A few universal changes a class (`universal.py`), then the question whether the class that they bring furthest stands
+out from the others (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
 """
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ class Detection:
 
 @dataclass(frozen=True)
 class Plan:
-    """Images, their shrinking (side divided by it), gradient steps under each of the bounds, classes to follow."""
+    """Images, their shrinking (side divided by it), gradient steps of each change, classes to follow, changes."""
 
     images: int
     shrink: int
     steps: int
     kept: int
-    bounds: int
+    changes: int
 
     def passes(self, num_classes: int) -> float:
         """Images through the network and back, in images of full size."""
         kept = min(self.kept, num_classes)
-        return self.images * (2 * num_classes + kept * (self.steps * self.bounds - 1)) / self.shrink ** 2
+        return self.images * (2 * (num_classes - kept) + kept * (self.steps + 1) * self.changes) / self.shrink ** 2
 
 
 def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable,
@@ -100,8 +100,7 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
                     block=_timely_block(seconds, left, given, config.reach))
     late = _Deadline(start + config.deadline_s, device, clock)
     found = universal_reach(network, pixels, labels, given.std.to(device), num_classes, reach, late=late)
-    p_value = _p_value(found)
-    suspect = max(found.kept, key=lambda k: float(found.margins[k]))
+    p_value, suspect = standing_out(found)
     return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(pixels),
                      pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
 
@@ -128,22 +127,24 @@ class _Deadline:
         return now + 1.5 * self.longest > self.end
 
 
-def _p_value(found: Reach) -> float:
-    """That the class which reached furthest stands out from those that stand for all, over all stages.
+def standing_out(found: Reach) -> tuple[float, int]:
+    """p that one class stands out, and which: the furthest where that is clearest.
 
-    1 where nothing can be compared: fewer than three classes to compare, or margins that are not finite.
+    Asked of the mean over the changes, which a class leads that is among the first under all, and of every change by
+    itself, which may be the only one that resembles a trigger; both count alike. 1 where margins are not finite.
     """
-    followed = sorted({*found.kept})
-    if not found.stages[:, followed].isfinite().all():
-        return 1.0
-    values = []
-    for margins in found.stages:
-        furthest = max(followed, key=lambda k: float(margins[k]))
-        compared = sorted({furthest, *found.null})
-        if len(compared) < 3:
-            return 1.0
-        values.append(deleted_residual_p_value(margins[compared], margins.numel()))
-    return combined_p_value(values)
+    asked = [_furthest(margins, found) for margins in (found.margins, *found.stages)]
+    of_mean, *of_changes = (p for p, _ in asked)
+    return combined_p_value([of_mean, combined_p_value(of_changes)]), min(asked, key=lambda pair: pair[0])[1]
+
+
+def _furthest(margins: Tensor, found: Reach) -> tuple[float, int]:
+    """p of the furthest of the classes that were followed, beside those that stand for all; 1 below three classes."""
+    furthest = max(found.kept, key=lambda k: float(margins[k]))
+    compared = sorted({furthest, *found.null})
+    if len(compared) < 3 or not margins[[*found.kept]].isfinite().all():
+        return 1.0, furthest
+    return deleted_residual_p_value(margins[compared], margins.numel()), furthest
 
 
 def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,
@@ -185,7 +186,7 @@ def _fitting_plan(seconds: float, num_classes: int, left: float, given: CleanIma
     side = min(given.pixels.shape[-2:])
     pair = min(2, images)  # of two labels, so that every class has images of another
     plans = [Plan(max(pair, images // fewer), shrink, max(1, asked.steps // fewer), max(5, asked.kept // fewer),
-                  len(asked.radii))
+                  len(asked.changes))
              for shrink in (1, 2, 4) if shrink == 1 or side // shrink >= SMALLEST_SIDE for fewer in (1, 2, 4)]
     plans.sort(key=lambda plan: -plan.passes(num_classes))
     return next((plan for plan in plans if plan.passes(num_classes) * seconds <= PLANNED * left), plans[-1])

@@ -1,51 +1,78 @@
-"""How far one small change, the same for all images, pushes a network towards each class.
+"""How far one simple change, the same for all images, pushes a network towards each class.
 
 A backdoor is a shortcut to its target class: one change of the picture that works on every clean image. So for
-each class one perturbation is optimised, shared by the clean images of all other classes and bounded in L2 norm,
-and the class's statistic is the mean margin that it reaches. Source: targeted universal adversarial perturbations
-(Moosavi-Dezfooli et al., CVPR 2017, arXiv:1610.08401) in place of the separate points of Mm-Bd (Wang et al., IEEE
-S&P 2024, arXiv:2205.06900); all classes climb side by side, and only what is optimised has a gradient.
+each class one change is optimised, shared by the clean images of all other classes and bounded in L2 norm. It is
+looked for several times, at every pixel and as coarse pictures that are enlarged: in a clean network the class that
+gets furthest is another one each time, a backdoor's target leads again and again. A class's statistic is the mean
+over these changes of the median margin over the images.
+
+Source: targeted universal adversarial perturbations (Moosavi-Dezfooli et al., CVPR 2017, arXiv:1610.08401) in place
+of the separate points of Mm-Bd (Wang et al., IEEE S&P 2024, arXiv:2205.06900); coarse pictures after the smooth
+triggers of Zeng et al., ICCV 2021 (arXiv:2104.03413). All classes climb side by side, and only what is optimised has
+a gradient.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from data.errors import expect
 
-STRIDE = 2.5  # steps add up to this many radii, so that every perturbation can reach its bound and turn
+STRIDE = 2.5  # steps add up to this many radii, so that every change can reach its bound and turn
+
+
+@dataclass(frozen=True)
+class Change:
+    """A picture of rows x columns points (0: as many as the image has pixels), enlarged to the image and added to it.
+
+    One row is a pattern of columns, one column a pattern of rows. radius: root mean square of its points, pixel values
+    in [0, 1].
+    """
+
+    rows: int
+    columns: int
+    radius: float
+
+    def __post_init__(self) -> None:
+        expect(min(self.rows, self.columns) >= 0, "Change rows, columns", ">= 0 points", (self.rows, self.columns))
+        expect(self.radius > 0, "Change.radius", "> 0", self.radius)
+
+    def points(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of points on an image of that size; never more than pixels."""
+        return min(self.rows or height, height), min(self.columns or width, width)
 
 
 @dataclass(frozen=True)
 class UniversalConfig:
-    images: int = 24       # clean images that share a perturbation, as many of each class as possible
-    radii: tuple[float, ...] = (0.025, 0.05, 0.1)  # bounds one after the other: root mean square of a perturbation,
-                                                   # pixel values in [0, 1]
-    steps: int = 4         # gradient steps under each bound
+    images: int = 32       # clean images that share a change, as many of each class as possible
+    changes: tuple[Change, ...] = (Change(0, 0, 0.05), Change(0, 0, 0.1), Change(8, 8, 0.1), Change(4, 4, 0.1),
+                                   Change(1, 0, 0.1), Change(0, 1, 0.1))
+    steps: int = 6         # gradient steps of each change
     kept: int = 20         # classes that go on after the first step: a fifth the furthest, the rest evenly spread
     block: int = 1 << 22   # pixel values through the network at once; for memory only
 
     def __post_init__(self) -> None:
         for name in ("images", "steps", "block"):
             expect(getattr(self, name) > 0, f"UniversalConfig.{name}", "> 0", getattr(self, name))
-        expect(self.radii and min(self.radii) > 0 and tuple(sorted(self.radii)) == tuple(self.radii),
-               "UniversalConfig.radii", "> 0, ascending", self.radii)
+        expect(len(self.changes) > 0, "UniversalConfig.changes", "at least one", self.changes)
         expect(self.kept >= 5, "UniversalConfig.kept", ">= 5 classes", self.kept)
 
     @property
     def all_steps(self) -> int:
-        """Gradient steps under all bounds together."""
-        return self.steps * len(self.radii)
+        """Gradient steps of all changes together."""
+        return self.steps * len(self.changes)
 
 
 @dataclass(frozen=True)
 class Reach:
-    """stages: (S, K) mean margin of each class at the end of each bound that was done in time; where none was, one
-    row of what there is: 0 before the first sweep. A class that was not followed keeps its margin of the first step.
+    """stages: (S, K) median margin of each class under each change that was done in time; where none was, one row of
+    what there is: 0 before the first sweep. A class that was not followed keeps its margin of the first step.
 
     kept: classes that went on to the end, ascending; never one that all images belong to, which keeps its 0.
     null: those of them that stand for all classes, an even spread over the ranks of the first step; the others are
@@ -60,45 +87,64 @@ class Reach:
 
     @property
     def margins(self) -> Tensor:
-        """(K,) the last stage."""
-        return self.stages[-1]
+        """(K,) mean over the changes."""
+        return self.stages.mean(0)
 
 
 class _Climb:
-    """The perturbations of all classes, in units of pixels; moves some of them one step at a time."""
+    """The pictures of all classes under one change; moves some of them one step at a time."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
-                 num_classes: int, config: UniversalConfig) -> None:
+                 num_classes: int, change: Change, config: UniversalConfig) -> None:
         self.network, self.pixels, self.labels, self.config = network, pixels, labels, config
-        self.std = std.view(1, 1, -1, 1, 1)
-        self.moved = pixels.new_zeros(num_classes, *pixels.shape[1:])   # (K, C, H, W)
-        self.side = math.sqrt(pixels[0].numel())  # norm of a perturbation of 1 everywhere
+        self.std = std.view(1, -1, 1, 1)
+        channels, *size = pixels.shape[1:]
+        self.moved = pixels.new_zeros(num_classes, channels, *change.points(*size))   # (K, C, h, w)
+        self.bound = change.radius * math.sqrt(self.moved[0].numel())  # of a picture's norm
         self.per_block = max(1, config.block // pixels.numel())
 
-    def logits(self, moved: Tensor) -> Tensor:
-        """(k, N, K) of all images under each of k perturbations."""
-        shifted = self.pixels + moved[:, None] / self.std
-        logits = self.network(shifted.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+    def margins(self, classes: Tensor, moved: Tensor) -> Tensor:
+        """(k, N) each class's logit minus the largest other, of all images under the class's picture."""
+        added = interpolate(moved, self.pixels.shape[2:], mode="bicubic", align_corners=False) / self.std
+        shifted = (self.pixels + added[:, None]).flatten(0, 1)
+        logits = self.network(shifted.contiguous(memory_format=torch.channels_last))
         expect(logits.shape[1] == len(self.moved), "num_classes", f"{logits.shape[1]}, as the model puts out",
                len(self.moved))
-        return logits.view(len(moved), len(self.pixels), -1)
-
-    def margins(self, classes: Tensor, moved: Tensor) -> Tensor:
-        """(k,) mean over the images of other classes of the class's logit minus the largest other."""
-        logits = self.logits(moved)
+        logits = logits.view(len(moved), len(self.pixels), -1)
         at = classes.view(-1, 1, 1).expand(-1, len(self.pixels), 1)
-        margins = (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]
-        others = (self.labels != classes[:, None]).float()
-        return (margins * others).sum(1) / others.sum(1)
+        return (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]
 
-    def step(self, classes: Tensor, length: float, radius: float) -> tuple[Tensor, Tensor]:
-        """Margins of `classes` before a step of `length` bounds, and their next perturbations, within `radius`."""
-        bound = radius * self.side
+    def medians(self, classes: Tensor, margins: Tensor) -> Tensor:
+        """(k,) over the images of other classes: a class that some images are close to anyhow is not far for that."""
+        return margins.masked_fill(self.labels == classes[:, None], math.nan).nanquantile(0.5, dim=1)
+
+    def step(self, classes: Tensor, length: float) -> tuple[Tensor, Tensor]:
+        """Median margins of `classes` before a step of `length` bounds along the mean's gradient, and their next
+        pictures, within the bound."""
         moved = self.moved[classes].requires_grad_(True)
         margins = self.margins(classes, moved)
-        (gradient,) = torch.autograd.grad(margins.sum(), moved)
-        moved = moved.detach() + length * bound * gradient / _norm(gradient).clamp(min=1e-20)
-        return margins.detach(), moved * (bound / _norm(moved).clamp(min=bound))
+        others = (self.labels != classes[:, None]).float()
+        (gradient,) = torch.autograd.grad(((margins * others).sum(1) / others.sum(1)).sum(), moved)
+        moved = moved.detach() + length * self.bound * gradient / _norm(gradient).clamp(min=1e-20)
+        return self.medians(classes, margins.detach()), moved * (self.bound / _norm(moved).clamp(min=self.bound))
+
+    def sweep(self, classes: Tensor, number: int, late: Callable[[], bool]) -> Tensor | None:
+        """(k,) medians of `classes` after `number` steps, and one step more (not after the last); None when late."""
+        length = 1.0 if number == 0 else STRIDE / self.config.steps  # the first to the bound: it ranks the classes
+        medians, moves = [], []
+        for part in classes.split(self.per_block):
+            if late():
+                return None
+            if number == self.config.steps:
+                with torch.no_grad():
+                    medians.append(self.medians(part, self.margins(part, self.moved[part])))
+            else:
+                before, moved = self.step(part, length)
+                medians.append(before)
+                moves.append(moved)
+        if moves:
+            self.moved[classes] = torch.cat(moves)
+        return torch.cat(medians)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -108,51 +154,31 @@ def _norm(x: Tensor) -> Tensor:
 def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
                     num_classes: int, config: UniversalConfig, *,
                     late: Callable[[], bool] = lambda: False) -> Reach:
-    """Climb for all classes, then for those that stay, until the steps are done or `late()` says so.
+    """Climb for all classes, then for those that stay, change by change, until all are done or `late()` says so.
 
     network: (B, C, H, W) normalised images to (B, K) logits, frozen. pixels: (N, C, H, W) normalised. labels:
     (N,), an image of the class itself does not count for it. std: (C,) of the normalisation, which the radius is
     measured under. late: asked between blocks; a sweep it cuts off does not count. Raises InputError where the
     network has not `num_classes` outputs.
     """
-    climb = _Climb(network, pixels, labels, std, num_classes, config)
     classes = torch.arange(num_classes, device=pixels.device)
-    classes = classes[(labels != classes[:, None]).any(1)]
-    null, stages, done = classes, [], 0
-    margins = pixels.new_zeros(num_classes)
-    for sweep in range(config.all_steps + 1):
-        found = _sweep(climb, classes, sweep, config, late)
+    classes = null = classes[(labels != classes[:, None]).any(1)]
+    margins, stages, done = pixels.new_zeros(num_classes), [], 0
+    for change, number in product(config.changes, range(config.steps + 1)):
+        if number == 0:
+            climb = _Climb(network, pixels, labels, std, num_classes, change, config)
+        found = climb.sweep(classes, number, late)
         if found is None:
             break
-        margins[classes], done = found, sweep
-        if sweep and sweep % config.steps == 0:
+        margins[classes] = found
+        done += number > 0
+        if number == config.steps:
             stages.append(margins.clone())
-        if sweep == 1 and len(classes) > config.kept:
+        if number == 1 and len(classes) > config.kept:
             kept, spread = _spread(found, config.kept)
             classes, null = classes[kept], classes[spread]
     return Reach(torch.stack(stages or [margins]).cpu(), tuple(classes.tolist()), tuple(null.tolist()), done,
                  config.all_steps)
-
-
-def _sweep(climb: _Climb, classes: Tensor, sweep: int, config: UniversalConfig,
-           late: Callable[[], bool]) -> Tensor | None:
-    """(k,) margins of `classes` after `sweep` steps, and one step more (not after the last); None when late."""
-    length = 1.0 if sweep == 0 else STRIDE / config.steps  # the first to the bound: it ranks the classes
-    radius = config.radii[min(sweep, config.all_steps - 1) // config.steps]
-    margins, moves = [], []
-    for part in classes.split(climb.per_block):
-        if late():
-            return None
-        if sweep == config.all_steps:
-            with torch.no_grad():
-                margins.append(climb.margins(part, climb.moved[part]))
-        else:
-            before, moved = climb.step(part, length, radius)
-            margins.append(before)
-            moves.append(moved)
-    if moves:
-        climb.moved[classes] = torch.cat(moves)
-    return torch.cat(margins)
 
 
 def _spread(margins: Tensor, kept: int) -> tuple[Tensor, Tensor]:

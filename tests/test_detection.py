@@ -11,13 +11,14 @@ from PIL import Image
 from torch import nn
 
 from backdoor_detection import detection
-from backdoor_detection.detection import DetectorConfig, Plan, _p_value, detect
+from backdoor_detection.detection import DetectorConfig, Plan, detect, standing_out
 from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value
-from backdoor_detection.universal import Reach, UniversalConfig
+from backdoor_detection.universal import Change, Reach, UniversalConfig
 from data.preact_resnet import new_model
 
 TO_TENSOR = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
 DEADLINE = 55.0
+EVERYWHERE = Change(0, 0, 0.1)
 
 
 def write_images(folder, count=12, size=(8, 8), labels=lambda i: i % 4, name="{i}_{label}.png"):
@@ -50,7 +51,7 @@ class Linear(nn.Module):
 
 
 def judged(model, folder, classes=4, transformation=TO_TENSOR, seed=0, clock=time.perf_counter, **config):
-    config = DetectorConfig(**{"reach": UniversalConfig(steps=5, radii=(0.1,)), **config})
+    config = DetectorConfig(**{"reach": UniversalConfig(steps=5, changes=(EVERYWHERE,)), **config})
     return detect(model, classes, folder, transformation, config, generator=torch.Generator().manual_seed(seed),
                   clock=clock)
 
@@ -122,7 +123,7 @@ def test_without_usable_names_the_network_labels_the_images(tmp_path, name):
 
 def test_images_are_drawn_alike_from_all_labels(tmp_path):
     folder = write_images(tmp_path, 60, labels=lambda i: 0 if i < 50 else i % 4)
-    assert judged(Linear(4), folder).images == 24
+    assert judged(Linear(4), folder).images == UniversalConfig().images
     a, b, c = (judged(Linear(4), folder, seed=seed).margins for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -229,7 +230,7 @@ def large_images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("large"), 6, (64, 64))
 
 
-REACH = UniversalConfig(images=6, steps=8, kept=8, radii=(0.1,))
+REACH = UniversalConfig(images=6, steps=8, kept=8, changes=(EVERYWHERE,))
 
 
 def timed(folder, seconds, slower=1.0, classes=10, **config):
@@ -291,18 +292,26 @@ def test_without_time_the_answer_is_clean(large_images):
     assert found.kept == tuple(range(10)) and found.suspect == 0
 
 
-def test_one_step_a_bound_stays_as_asked(large_images):
-    for seconds in (1e-4, 0.5):
-        assert timed(large_images, seconds, reach=UniversalConfig(images=6, steps=1))[0].steps == 3
+def test_one_step_a_change_stays_as_asked(large_images):
+    for seconds in (1e-4, 0.2):
+        found = timed(large_images, seconds, reach=UniversalConfig(images=6, steps=1))[0]
+        assert found.steps == len(UniversalConfig().changes)
 
 
-def test_stages_are_weighed_together(images):
+def test_the_mean_and_each_change_by_itself_are_weighed_alike(images):
     found = judged(Linear(10, 3), images, 10, reach=UniversalConfig(steps=2))
-    assert found.suspect == 3 and found.backdoored and (found.steps, found.steps_asked) == (6, 6)
-    reach = Reach(torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0]]), (0, 1, 2, 3, 4), (0, 1, 2, 3), 2, 2)
-    stages = [deleted_residual_p_value(torch.tensor([1.0, 2, 3, 4, 9]), 5),
-              deleted_residual_p_value(torch.tensor([0.0, 1, 0, 1]), 5)]
-    assert _p_value(reach) == combined_p_value(stages)
+    assert found.suspect == 3 and found.backdoored and found.steps == found.steps_asked == 12
+    stages = torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0], [1, 2, 1, 3, 4]])
+    p_mean, *p_changes = (deleted_residual_p_value(row, 5) for row in (stages.mean(0), stages[0], stages[2]))
+    p_changes.append(deleted_residual_p_value(torch.tensor([0.0, 1, 0, 1]), 5))  # without the class that is no null
+    p_value, suspect = standing_out(Reach(stages, (0, 1, 2, 3, 4), (0, 1, 2, 3), 3, 3))
+    assert p_value == pytest.approx(combined_p_value([p_mean, combined_p_value(p_changes)])) and suspect == 4
+
+
+def test_the_suspect_is_the_furthest_where_that_is_clearest():
+    stages = torch.tensor([[0.0, 1, 2, 3, 50], [0, 1, 2, 3.01, 3], [9, 9, 9, 60, 0]])  # the mean: class 3, less clearly
+    p_value, suspect = standing_out(Reach(stages, (0, 1, 2, 3, 4), (0, 1, 2, 3, 4), 3, 3))
+    assert stages.mean(0).argmax() == 3 and suspect == 4 and p_value < 0.05
 
 
 def test_small_images_are_not_shrunk(images):

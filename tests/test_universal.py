@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
-from backdoor_detection.universal import STRIDE, UniversalConfig, _spread, universal_reach
+from backdoor_detection.universal import STRIDE, Change, UniversalConfig, _spread, universal_reach
 
 STD = torch.tensor([0.25, 0.5])
 LABELS = torch.tensor([0, 1, 2, 0, 3, 1])
@@ -26,44 +27,49 @@ def some_pixels(seed=1):
     return torch.randn(len(LABELS), 2, 5, 5, generator=torch.Generator().manual_seed(seed))
 
 
+EVERYWHERE = Change(0, 0, 0.1)
+THREE = (Change(0, 0, 0.05), Change(1, 0, 0.1), Change(3, 2, 0.3))
+
+
 def reach(network=None, pixels=None, labels=LABELS, classes=4, late=lambda: False, **config):
-    config = UniversalConfig(**{"steps": 4, "radii": (0.1,), **config})
+    config = UniversalConfig(**{"steps": 4, "changes": (EVERYWHERE,), **config})
     return universal_reach(network or a_network(classes), some_pixels() if pixels is None else pixels, labels, STD,
                            classes, config, late=late)
 
 
-def by_loops(network, pixels, labels, classes, steps, radius):
-    """(steps + 1, K) margins after each step: class by class, image by image, pixel values in [0, 1].
-
-    radius: one bound, or several, each with as many steps; then there are (bounds * steps + 1) rows.
-    """
+def by_loops(network, pixels, labels, classes, steps, change=EVERYWHERE):
+    """(steps + 1, K) median margins after each step: class by class, image by image, pixel values in [0, 1]."""
     scale = STD.view(-1, 1, 1)
-    radii = radius if isinstance(radius, tuple) else (radius,)
-    rows = torch.zeros(steps * len(radii) + 1, classes)
+    rows = torch.zeros(steps + 1, classes)
+    size = (len(STD), change.rows or 5, change.columns or 5)
+    bound = change.radius * math.sqrt(math.prod(size))
     for k in range(classes):
         others = [i for i in range(len(pixels)) if labels[i] != k]
-        change = torch.zeros_like(pixels[0])
-        for step in range(steps * len(radii) + 1):
-            bound = radii[min(step // steps, len(radii) - 1)] * math.sqrt(pixels[0].numel())
-            change = change.detach().requires_grad_(True)
-            total = 0
+        picture = torch.zeros(size)
+        for step in range(steps + 1):
+            picture = picture.detach().requires_grad_(True)
+            added = interpolate(picture[None], (5, 5), mode="bicubic")[0]
+            margins = []
             for i in others:
-                logits = network(((pixels[i] * scale + change) / scale)[None])[0]
-                total = total + logits[k] - max(logits[j] for j in range(classes) if j != k)
-            mean = total / len(others)
-            rows[step, k] = mean.detach()
-            (gradient,) = torch.autograd.grad(mean, change)
-            change = change.detach() + gradient / gradient.norm() * bound * (1 if step == 0 else STRIDE / steps)
-            if change.norm() > bound:
-                change = change / change.norm() * bound
+                logits = network(((pixels[i] * scale + added) / scale)[None])[0]
+                margins.append(logits[k] - max(logits[j] for j in range(classes) if j != k))
+            rows[step, k] = sorted(m.item() for m in margins)[len(margins) // 2]
+            if len(margins) % 2 == 0:
+                rows[step, k] = (rows[step, k] + sorted(m.item() for m in margins)[len(margins) // 2 - 1]) / 2
+            (gradient,) = torch.autograd.grad(sum(margins) / len(margins), picture)
+            picture = picture.detach() + gradient / gradient.norm() * bound * (1 if step == 0 else STRIDE / steps)
+            if picture.norm() > bound:
+                picture = picture / picture.norm() * bound
     return rows
 
 
-@pytest.mark.parametrize(("classes", "steps", "radius"), [(2, 1, 0.1), (4, 4, 0.1), (3, 6, 0.5)])
-def test_agrees_with_loops_over_classes_and_images(classes, steps, radius):
+@pytest.mark.parametrize(("classes", "steps", "change"), [
+    (2, 1, EVERYWHERE), (4, 4, EVERYWHERE), (3, 6, Change(0, 0, 0.5)), (4, 4, Change(3, 3, 0.3)),
+    (4, 3, Change(1, 0, 0.3)), (4, 3, Change(0, 1, 0.3))])
+def test_agrees_with_loops_over_classes_and_images(classes, steps, change):
     labels = LABELS.remainder(classes)
-    found = reach(labels=labels, classes=classes, steps=steps, radii=(radius,))
-    expected = by_loops(a_network(classes), some_pixels(), labels, classes, steps, radius)
+    found = reach(labels=labels, classes=classes, steps=steps, changes=(change,))
+    expected = by_loops(a_network(classes), some_pixels(), labels, classes, steps, change)
     torch.testing.assert_close(found.margins, expected[-1], rtol=1e-4, atol=1e-5)
     assert (expected[-1] > expected[0] + 0.01).all()  # they do climb
     assert (found.kept, found.steps, found.steps_asked) == (tuple(range(classes)), steps, steps)
@@ -97,7 +103,7 @@ def test_an_image_does_not_count_for_its_own_class():
 def test_a_class_that_all_images_belong_to_is_not_followed():
     found = reach(labels=torch.full((6,), 2))
     assert found.kept == (0, 1, 3) and found.margins[2] == 0
-    expected = by_loops(a_network(), some_pixels(), torch.full((6,), 9), 4, 4, 0.1)[-1]  # all images count
+    expected = by_loops(a_network(), some_pixels(), torch.full((6,), 9), 4, 4)[-1]  # all images count
     torch.testing.assert_close(found.margins[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-4, atol=1e-5)
 
 
@@ -111,25 +117,56 @@ def test_the_bound_holds_in_pixel_values(radius):
         largest.append(moved.square().mean((2, 3, 4)).sqrt().max().item())
         return network(x)
 
-    reach(watched, pixels, radii=(radius,))
+    reach(watched, pixels, changes=(Change(0, 0, radius),))
     assert largest[0] == 0 and largest[1:] == pytest.approx([radius] * 4, rel=1e-4)
 
 
-def test_the_bounds_follow_each_other_and_each_end_is_a_stage():
-    found = reach(steps=2, radii=(0.05, 0.1, 0.3))
-    rows = by_loops(a_network(), some_pixels(), LABELS, 4, 2, (0.05, 0.1, 0.3))
-    torch.testing.assert_close(found.stages, rows[[2, 4, 6]], rtol=1e-4, atol=1e-5)
-    assert torch.equal(found.margins, found.stages[-1]) and (found.steps, found.steps_asked) == (6, 6)
+@pytest.mark.parametrize("change, equal", [(Change(1, 0, 0.1), 2), (Change(0, 1, 0.1), 3), (Change(1, 1, 0.1), 2)])
+def test_a_row_or_a_column_of_points_is_a_pattern_of_stripes(change, equal):
+    pixels, seen = some_pixels(), []
+    reach(lambda x: seen.append((x.view(4, 6, 2, 5, 5) - pixels).detach()[0, 0]) or a_network()(x), pixels,
+          changes=(change,), steps=1)
+    assert seen[1].std(equal - 1).max() < 1e-5 and (seen[1] * STD.view(-1, 1, 1)).square().mean().sqrt() > 0.09
+    if change.rows == change.columns:
+        assert seen[1].std((1, 2)).max() < 1e-5
 
 
-@pytest.mark.parametrize("done, stages", [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)])
-def test_only_stages_done_in_time_count(done, stages):
+def test_never_more_points_than_pixels():
+    assert Change(8, 3, 0.1).points(5, 32) == (5, 3) and Change(0, 1, 0.1).points(5, 32) == (5, 1)
+    torch.testing.assert_close(reach(changes=(Change(9, 9, 0.1),)).margins, reach().margins)
+
+
+def test_changes_follow_each_other_and_each_is_a_stage():
+    found = reach(steps=2, changes=THREE)
+    rows = torch.stack([by_loops(a_network(), some_pixels(), LABELS, 4, 2, change)[-1] for change in THREE])
+    torch.testing.assert_close(found.stages, rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.margins, rows.mean(0), rtol=1e-4, atol=1e-5)
+    assert (found.steps, found.steps_asked) == (6, 6)
+
+
+@pytest.mark.parametrize("sweeps, steps, stages", [(1, 0, 1), (2, 1, 1), (3, 2, 1), (4, 2, 1), (5, 3, 1), (6, 4, 2),
+                                                   (8, 5, 2)])
+def test_only_changes_done_in_time_count(sweeps, steps, stages):
+    """Three sweeps of two steps a change; of the first change what there is counts."""
     calls = iter(range(100))
-    found = reach(steps=2, radii=(0.05, 0.1, 0.3), block=1, late=lambda: next(calls) >= 4 * (done + 1))
-    rows = by_loops(a_network(), some_pixels(), LABELS, 4, 2, (0.05, 0.1, 0.3))
-    expected = rows[[1]] if done == 1 else rows[[2, 4]][:stages]
+    found = reach(steps=2, changes=THREE, block=1, late=lambda: next(calls) >= 4 * sweeps)
+    rows = [by_loops(a_network(), some_pixels(), LABELS, 4, 2, change) for change in THREE]
+    expected = rows[0][[sweeps - 1]] if sweeps < 3 else torch.stack([row[-1] for row in rows[:stages]])
     torch.testing.assert_close(found.stages, expected, rtol=1e-4, atol=1e-5)
-    assert found.steps == done
+    assert found.steps == steps
+
+
+def test_half_of_the_images_decide():
+    """Bug: the mean of the margins rose with a few images that were close to a class anyhow."""
+    class Sum(nn.Module):
+        def forward(self, x):
+            return x.flatten(1).sum(1, keepdim=True) * torch.tensor([1.0, 0.0, 0.0])
+
+    pixels = torch.zeros(5, 2, 5, 5)
+    pixels[0] = 100.0
+    labels = torch.full((5,), 1)
+    alone = reach(Sum(), pixels[1:], labels[1:], 3).margins[0]
+    torch.testing.assert_close(reach(Sum(), pixels, labels, 3).margins[0], alone)
 
 
 def test_screening_keeps_the_furthest_and_an_even_spread():
@@ -172,7 +209,7 @@ def test_late_cuts_between_blocks_and_the_cut_sweep_does_not_count(calls):
         return len(asked) > calls
 
     found = reach(steps=2, block=1, late=late)
-    expected = torch.cat([torch.zeros(1, 4), by_loops(a_network(), some_pixels(), LABELS, 4, 2, 0.1)])
+    expected = torch.cat([torch.zeros(1, 4), by_loops(a_network(), some_pixels(), LABELS, 4, 2)])
     torch.testing.assert_close(found.margins, expected[calls // 4], rtol=1e-4, atol=1e-5)
     assert found.steps == max(0, calls // 4 - 1) and found.steps_asked == 2 and found.kept == (0, 1, 2, 3)
     assert len(asked) == min(calls + 1, 12)  # nothing goes on after
@@ -196,13 +233,11 @@ def test_wrong_numbers_are_named(refuses):
         UniversalConfig(images=0)
     with refuses("UniversalConfig.steps: expected > 0, found -1"):
         UniversalConfig(steps=-1)
-    with refuses(r"UniversalConfig.radii: expected > 0, ascending, found \(0.0,\)"):
-        UniversalConfig(radii=(0.0,))
-    with refuses(r"UniversalConfig.radii: expected > 0, ascending, found \(0.2, 0.1\)"):
-        UniversalConfig(radii=(0.2, 0.1))
-    with refuses("UniversalConfig.block: expected > 0, found 0"):
-        UniversalConfig(block=0)
+    with refuses(r"UniversalConfig.changes: expected at least one, found \(\)"):
+        UniversalConfig(changes=())
     with refuses("UniversalConfig.kept: expected >= 5 classes, found 4"):
         UniversalConfig(kept=4)
-    with refuses("num_classes: expected 4, as the model puts out, found 7"):
-        reach(a_network(4), classes=7)
+    with refuses("Change.radius: expected > 0, found 0.0"):
+        Change(0, 0, 0.0)
+    with refuses(r"Change rows, columns: expected >= 0 points, found \(-1, 0\)"):
+        Change(-1, 0, 0.1)

@@ -1,0 +1,121 @@
+"""What each change of the detector adds: `python -m benchmarks.detector_changes ZOO...`.
+
+Every network climbs once under every change below, those that ship and those that do not; then the verdict is asked of
+all that ship, without each of them, of each alone, of their mean alone and of each by itself without the mean. One
+thread a network; what is done is kept under runs/, so a second call goes on.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from backdoor_detection import detection, universal
+from backdoor_detection.clean_images import draw_balanced, read_clean_images
+from backdoor_detection.detection import DetectorConfig, standing_out
+from backdoor_detection.outlier import combined_p_value
+from backdoor_detection.split_model import frozen_copy
+from backdoor_detection.universal import Change, Reach, UniversalConfig, universal_reach
+from benchmarks.options import RECORDS
+from data.errors import InputError
+from data.files import fingerprint, write_json
+from data.model_zoo import BACKDOORED, MODEL, ZooModel, load_model, read_zoo
+from submit.kept_units import code_of_modules, kept_unit
+from submit.records import environment
+
+SEED = 0
+SHIPPED = {"every pixel, 0.05": Change(0, 0, 0.05), "every pixel, 0.1": Change(0, 0, 0.1),
+           "8 x 8 points": Change(8, 8, 0.1), "4 x 4 points": Change(4, 4, 0.1), "columns": Change(1, 0, 0.1),
+           "rows": Change(0, 1, 0.1)}
+OTHERS = {"every pixel, 0.025": Change(0, 0, 0.025), "columns, 0.2": Change(1, 0, 0.2)}
+KEYS = frozenset({"stages", "kept", "null"})
+
+
+def climbed(sample: ZooModel) -> dict:
+    """The stages of one network under all changes, as JSON values."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(SEED)
+    given = read_clean_images(sample.images_folder, sample.transformation, size=None, channels=3, generator=generator)
+    config = replace(UniversalConfig(), changes=(*SHIPPED.values(), *OTHERS.values()))
+    places = draw_balanced(given.labels.tolist(), config.images, generator=generator)
+    found = universal_reach(frozen_copy(load_model(sample)), given.pixels[places], given.labels[places], given.std,
+                            sample.num_classes, config)
+    return {"stages": found.stages.tolist(), "kept": list(found.kept), "null": list(found.null)}
+
+
+def unit(folder: Path, sample: ZooModel) -> dict:
+    code = code_of_modules(detection, universal, packages=("backdoor_detection", "data"))
+    name = fingerprint(sample.folder / MODEL, f"{UniversalConfig()} {SHIPPED} {OTHERS}", code)
+    return kept_unit(folder / f"{name}.json", KEYS, partial(climbed, sample))
+
+
+def part(found: dict, names: Sequence[str]) -> Reach:
+    """The reach as if only these changes had been tried."""
+    order = [*SHIPPED, *OTHERS]
+    stages = torch.tensor(found["stages"])[[order.index(name) for name in names]]
+    return Reach(stages, tuple(found["kept"]), tuple(found["null"]), 0, 0)
+
+
+def of_mean(reach: Reach) -> float:
+    return standing_out(replace(reach, stages=reach.stages.mean(0, keepdim=True)))[0]
+
+
+def of_each(reach: Reach) -> float:
+    return combined_p_value([standing_out(replace(reach, stages=row[None]))[0] for row in reach.stages])
+
+
+def ways() -> dict:
+    """Every row of the table: from what was found of a network to p."""
+    def judged(names: Sequence[str]):
+        return lambda found: standing_out(part(found, names))[0]
+
+    table = {"shipped": judged([*SHIPPED])}
+    table |= {f"without {left_out}": judged([name for name in SHIPPED if name != left_out]) for left_out in SHIPPED}
+    table |= {f"{name} alone": judged([name]) for name in (*SHIPPED, *OTHERS)}
+    table |= {f"with {name}": judged([*SHIPPED, name]) for name in OTHERS}
+    return table | {"mean alone": lambda found: of_mean(part(found, [*SHIPPED])),
+                    "each alone": lambda found: of_each(part(found, [*SHIPPED]))}
+
+
+def row(p_values: Sequence[float], truth: np.ndarray) -> dict:
+    """AUROC and, with the shipped alarm, accuracy, recall and false alarms, in percent."""
+    p, alarm = np.array(p_values), np.array(p_values) < DetectorConfig().alarm
+    return {"auroc": 100 * float(roc_auc_score(truth, -p)), "accuracy": 100 * float((alarm == truth).mean()),
+            "recall": 100 * float(alarm[truth].mean()), "false_alarms": 100 * float(alarm[~truth].mean())}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("zoos", type=Path, nargs="+")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=RECORDS / "detector_changes.json")
+    options = parser.parse_args(arguments)
+    try:
+        models = [model for zoo in options.zoos for model in read_zoo(zoo).models]
+    except InputError as error:
+        parser.error(str(error))
+    truth = np.array([model.ground_truth == BACKDOORED for model in models])
+    if truth.all() or not truth.any():
+        parser.error("zoos: expected clean and backdoored networks, found one kind")
+    work = partial(unit, Path("runs/detector_changes"))
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        found = list(map(work, models) if options.workers == 1 else pool.map(work, models))
+    table = {name: row([judge(one) for one in found], truth) for name, judge in ways().items()}
+    names = " ".join(zoo.name for zoo in options.zoos)
+    write_json(options.out, {"command": f"python -m benchmarks.detector_changes {names}", "models": len(models),
+                             "backdoored": int(truth.sum()), "table": table, "environment": environment()})
+    for name, values in table.items():
+        print(f"{name:28} " + "  ".join(f"{key.replace('_', ' ')} {value:5.1f}" for key, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()
