@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
 from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value
 from backdoor_detection.split_model import check_classes, frozen_copy, input_channels
-from backdoor_detection.universal import Reach, UniversalConfig, universal_reach
+from backdoor_detection.universal import Reach, UniversalConfig, screening_step, universal_reach
 from data.devices import chosen_device
 from data.errors import expect
 
@@ -74,8 +74,9 @@ class Plan:
 
     def passes(self, num_classes: int) -> float:
         """Images through the network and back, in images of full size."""
-        kept = min(self.kept, num_classes)
-        return self.images * (2 * (num_classes - kept) + kept * (self.steps + 1) * self.changes) / self.shrink ** 2
+        screened = num_classes / screening_step(self.images) if num_classes > self.kept else 0
+        sweeps = (self.steps + 1) * (screened + min(self.kept, num_classes) * self.changes)
+        return self.images * sweeps / self.shrink ** 2
 
 
 def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable,

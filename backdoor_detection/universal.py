@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -24,7 +23,9 @@ from torch.nn.functional import interpolate
 
 from data.errors import expect
 
-STRIDE = 2.5  # steps add up to this many radii, so that every change can reach its bound and turn
+STRIDE = 2.5   # steps add up to this many radii, so that every change can reach its bound and turn
+SCREENING = 3  # one in so many images, of six or more, tells which of many classes are followed
+FURTHEST = 3   # one in so many of these are the furthest, the others evenly spread
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class Change:
 
 @dataclass(frozen=True)
 class UniversalConfig:
-    images: int = 32       # clean images that share a change, as many of each class as possible
-    changes: tuple[Change, ...] = (Change(0, 0, 0.05), Change(0, 0, 0.1), Change(8, 8, 0.1), Change(4, 4, 0.1),
-                                   Change(1, 0, 0.1), Change(0, 1, 0.1))
-    steps: int = 6         # gradient steps of each change
-    kept: int = 20         # classes that go on after the first step: a fifth the furthest, the rest evenly spread
+    images: int = 24       # clean images that share a change, as many of each class as possible
+    changes: tuple[Change, ...] = (Change(0, 0, 0.1), Change(0, 0, 0.05), Change(8, 8, 0.1), Change(4, 4, 0.1),
+                                   Change(1, 0, 0.1))
+    steps: int = 3         # gradient steps of each change
+    kept: int = 20         # classes that are followed; of more all are tried first, under the first change
     block: int = 1 << 22   # pixel values through the network at once; for memory only
 
     def __post_init__(self) -> None:
@@ -72,11 +73,11 @@ class UniversalConfig:
 @dataclass(frozen=True)
 class Reach:
     """stages: (S, K) median margin of each class under each change that was done in time; where none was, one row of
-    what there is: 0 before the first sweep. A class that was not followed keeps its margin of the first step.
+    what there is: 0 before the first sweep. A class that was not followed has its margin of the screening.
 
-    kept: classes that went on to the end, ascending; never one that all images belong to, which keeps its 0.
-    null: those of them that stand for all classes, an even spread over the ranks of the first step; the others are
-    there because they were furthest. steps: of `steps_asked`, that all kept classes did. On the CPU.
+    kept: classes that were followed, ascending; never one that all images belong to, which keeps its 0. null: those of
+    them that stand for all classes, an even spread over the ranks of the screening; the others are there because they
+    were furthest. steps: of `steps_asked`, that all kept classes did. On the CPU.
     """
 
     stages: Tensor
@@ -115,8 +116,12 @@ class _Climb:
         return (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]
 
     def medians(self, classes: Tensor, margins: Tensor) -> Tensor:
-        """(k,) over the images of other classes: a class that some images are close to anyhow is not far for that."""
-        return margins.masked_fill(self.labels == classes[:, None], math.nan).nanquantile(0.5, dim=1)
+        """(k,) over the images of other classes: a class that some images are close to anyhow is not far for that.
+
+        NaN where any margin is.
+        """
+        found = margins.masked_fill(self.labels == classes[:, None], math.nan).nanquantile(0.5, dim=1)
+        return found.masked_fill(margins.isnan().any(1), math.nan)
 
     def step(self, classes: Tensor, length: float) -> tuple[Tensor, Tensor]:
         """Median margins of `classes` before a step of `length` bounds along the mean's gradient, and their next
@@ -130,7 +135,7 @@ class _Climb:
 
     def sweep(self, classes: Tensor, number: int, late: Callable[[], bool]) -> Tensor | None:
         """(k,) medians of `classes` after `number` steps, and one step more (not after the last); None when late."""
-        length = 1.0 if number == 0 else STRIDE / self.config.steps  # the first to the bound: it ranks the classes
+        length = 1.0 if number == 0 else STRIDE / self.config.steps  # the first to the bound
         medians, moves = [], []
         for part in classes.split(self.per_block):
             if late():
@@ -146,15 +151,29 @@ class _Climb:
             self.moved[classes] = torch.cat(moves)
         return torch.cat(medians)
 
+    def follow(self, classes: Tensor, margins: Tensor, late: Callable[[], bool]) -> int:
+        """Write the medians of `classes` into (K,) `margins`, sweep by sweep; the number of sweeps done in time."""
+        for number in range(self.config.steps + 1):
+            found = self.sweep(classes, number, late)
+            if found is None:
+                return number
+            margins[classes] = found
+        return self.config.steps + 1
+
 
 def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
+def screening_step(images: int) -> int:
+    """One in so many of the images is screened with: all, where a part would be one or none."""
+    return SCREENING if images >= 2 * SCREENING else 1
+
+
 def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
                     num_classes: int, config: UniversalConfig, *,
                     late: Callable[[], bool] = lambda: False) -> Reach:
-    """Climb for all classes, then for those that stay, change by change, until all are done or `late()` says so.
+    """Climb change by change until all are done or `late()` says so; of many classes, for those that a screening keeps.
 
     network: (B, C, H, W) normalised images to (B, K) logits, frozen. pixels: (N, C, H, W) normalised. labels:
     (N,), an image of the class itself does not count for it. std: (C,) of the normalisation, which the radius is
@@ -164,19 +183,19 @@ def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels:
     classes = torch.arange(num_classes, device=pixels.device)
     classes = null = classes[(labels != classes[:, None]).any(1)]
     margins, stages, done = pixels.new_zeros(num_classes), [], 0
-    for change, number in product(config.changes, range(config.steps + 1)):
-        if number == 0:
-            climb = _Climb(network, pixels, labels, std, num_classes, change, config)
-        found = climb.sweep(classes, number, late)
-        if found is None:
-            break
-        margins[classes] = found
-        done += number > 0
-        if number == config.steps:
-            stages.append(margins.clone())
-        if number == 1 and len(classes) > config.kept:
-            kept, spread = _spread(found, config.kept)
+    if len(classes) > config.kept:
+        few = slice(None, None, screening_step(len(labels)) if len(labels[::SCREENING].unique()) > 1 else 1)
+        climb = _Climb(network, pixels[few], labels[few], std, num_classes, config.changes[0], config)
+        if climb.follow(classes, margins, late) > config.steps:
+            kept, spread = _spread(margins[classes], config.kept)
             classes, null = classes[kept], classes[spread]
+    for change in config.changes:
+        climb = _Climb(network, pixels, labels, std, num_classes, change, config)
+        sweeps = climb.follow(classes, margins, late)
+        done += max(0, sweeps - 1)
+        if sweeps <= config.steps:
+            break
+        stages.append(margins.clone())
     return Reach(torch.stack(stages or [margins]).cpu(), tuple(classes.tolist()), tuple(null.tolist()), done,
                  config.all_steps)
 
@@ -187,7 +206,7 @@ def _spread(margins: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     A spread over all ranks has mean and standard deviation of the whole; the furthest alone would hide each other.
     """
     order = margins.argsort(descending=True)
-    furthest = order[:kept // 5]
+    furthest = order[:kept // FURTHEST]
     ranks = torch.linspace(0, len(order) - 1, kept - len(furthest) + 2, device=order.device)[1:-1]
     spread = order[ranks.round().long()]
     left = order[~torch.isin(order, torch.cat([furthest, spread]))]  # where the spread met the furthest

@@ -33,10 +33,9 @@ from submit.kept_units import code_of_modules, kept_unit
 from submit.records import environment
 
 SEED = 0
-SHIPPED = {"every pixel, 0.05": Change(0, 0, 0.05), "every pixel, 0.1": Change(0, 0, 0.1),
-           "8 x 8 points": Change(8, 8, 0.1), "4 x 4 points": Change(4, 4, 0.1), "columns": Change(1, 0, 0.1),
-           "rows": Change(0, 1, 0.1)}
-OTHERS = {"every pixel, 0.025": Change(0, 0, 0.025), "columns, 0.2": Change(1, 0, 0.2)}
+SHIPPED = {"every pixel": Change(0, 0, 0.1), "every pixel, 0.05": Change(0, 0, 0.05), "8 x 8 points": Change(8, 8, 0.1),
+           "4 x 4 points": Change(4, 4, 0.1), "columns": Change(1, 0, 0.1)}
+OTHERS = {"rows": Change(0, 1, 0.1), "every pixel, 0.025": Change(0, 0, 0.025), "columns, 0.2": Change(1, 0, 0.2)}
 KEYS = frozenset({"stages", "kept", "null"})
 
 

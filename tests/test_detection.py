@@ -242,7 +242,7 @@ def timed(folder, seconds, slower=1.0, classes=10, **config):
 
 
 def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
-    found = [timed(large_images, seconds)[0] for seconds in (1e-3, 2e-2, 5e-2, 0.2, 0.5)]
+    found = [timed(large_images, seconds)[0] for seconds in (1e-3, 2e-2, 5e-2, 0.2, 0.4)]
     assert (found[0].images, found[0].side, found[0].steps, len(found[0].kept)) == (6, 64, 8, 8)
     costs = [f.images * f.side ** 2 * f.steps for f in found]
     assert costs == sorted(costs, reverse=True) and costs[0] > 20 * costs[-1]
@@ -300,7 +300,7 @@ def test_one_step_a_change_stays_as_asked(large_images):
 
 def test_the_mean_and_each_change_by_itself_are_weighed_alike(images):
     found = judged(Linear(10, 3), images, 10, reach=UniversalConfig(steps=2))
-    assert found.suspect == 3 and found.backdoored and found.steps == found.steps_asked == 12
+    assert found.suspect == 3 and found.backdoored and found.steps == found.steps_asked == 10
     stages = torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0], [1, 2, 1, 3, 4]])
     p_mean, *p_changes = (deleted_residual_p_value(row, 5) for row in (stages.mean(0), stages[0], stages[2]))
     p_changes.append(deleted_residual_p_value(torch.tensor([0.0, 1, 0, 1]), 5))  # without the class that is no null
