@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from backdoor_detection import detection
-from backdoor_detection.detection import DetectorConfig, Plan, detect, standing_out
+from backdoor_detection.detection import TRIES, DetectorConfig, Plan, detect, standing_out
 from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value
 from backdoor_detection.universal import Change, Reach, UniversalConfig
 from data.preact_resnet import new_model
@@ -211,17 +211,16 @@ class Clock:
 
 
 class Timed(Linear):
-    """Takes `seconds` an image of 32 pixels a side, after the timed images `slower` times that."""
+    """Takes `seconds` an image of 32 pixels a side, `slower` times that where they are several."""
 
     def __init__(self, clock, seconds, slower=1.0, classes=10):
         super().__init__(classes, size=4)
-        self.clock, self.seconds, self.slower, self.runs = clock, seconds, slower, 0
+        self.clock, self.seconds, self.slower = clock, seconds, slower
 
     def forward(self, x):
         self.clock.starts.append(self.clock.now - 1000)
-        self.runs += 1
         share = x.shape[-1] ** 2 / 32 ** 2
-        self.clock.now += len(x) * share * self.seconds * (1 if self.runs <= 2 else self.slower)
+        self.clock.now += len(x) * share * self.seconds * (1 if len(x) == 1 else self.slower)
         return super().forward(nn.functional.adaptive_avg_pool2d(x, 4))
 
 
@@ -254,7 +253,7 @@ def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
 def test_a_plan_counts_what_is_done(large_images, classes):
     found, clock = timed(large_images, 1e-5, classes=classes)
     counted = Plan(6, 1, 8, 8, 1).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
-    assert clock.now - 1000 - (2 + 6) * 4 * 1e-5 == pytest.approx(counted)  # timed before: one image twice, all six
+    assert clock.now - 1000 - (TRIES + 6) * 4 * 1e-5 == pytest.approx(counted)  # timed before: one image, all six
     assert found.steps == 8
 
 
@@ -269,6 +268,18 @@ def test_a_network_slower_than_timed_is_cut_off_in_time(large_images, seconds, s
     assert found.seconds < DEADLINE + slower * 0.1 * DEADLINE
 
 
+def test_a_pass_that_had_to_wait_does_not_cut_the_plan(large_images):
+    """Bug: on a busy machine two timed passes waited for their turn, and the verdict was made of next to nothing."""
+    class Waiting(Timed):
+        def forward(self, x):
+            self.clock.now += 0.2 if len(self.clock.starts) < 2 else 0.0
+            return super().forward(x)
+
+    clock = Clock()
+    found = judged(Waiting(clock, 1e-4), large_images, 10, clock=clock, deadline_s=DEADLINE, reach=REACH)
+    assert (found.images, found.side, found.steps) == (6, 64, 8)
+
+
 def test_no_block_starts_after_a_jump_of_the_clock(large_images):
     """The clock leaps beyond the deadline while the images of one block are in the network."""
     clock = Clock()
@@ -277,7 +288,7 @@ def test_no_block_starts_after_a_jump_of_the_clock(large_images):
 
     def leaping():
         calls.append(None)
-        if len(calls) == 12:
+        if len(calls) == 20:
             clock.now += 2 * DEADLINE
         return clock.now
 
