@@ -154,7 +154,7 @@ class _Pairs:
             for top in range(band.start, band.stop, self.side):
                 self._fill_rows(closest, band, range(top, min(top + self.side, band.stop)))
         squared = closest.to(self.judges.dtype).mul_(-2).clamp_min_(0)
-        if self.left.dtype == torch.float32:
+        if self.left.dtype == torch.float32 and squared.device.type != "meta":  # which has no numbers to look at
             self._mend(squared, band)
         elif self.left.dtype in PARTS:
             squared[squared < NOISE] = 0  # sums of 16-bit products end here: twins are to be at 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from data.errors import expect
+from data.preact_resnet import PointConv2d
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages; the stem has the first
 BLOCKS = 2                    # a stage
@@ -24,7 +25,7 @@ def block(before: int, width: int, stride: int) -> BasicBlock:
     """Two 3x3 convolutions and what is skipped: (B, before, H, W) -> (B, width, H / stride, W / stride)."""
     if stride == 1 and before == width:
         return BasicBlock(before, width)
-    skipped = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+    skipped = nn.Sequential(PointConv2d(before, width, stride), nn.BatchNorm2d(width))
     return BasicBlock(before, width, stride, skipped)
 
 

@@ -287,7 +287,7 @@ def backdoor(classes: int, half: bool) -> Workload:
     from backdoor_detection.detection import DetectorConfig, Plan
 
     reach = DetectorConfig().reach
-    plan = Plan(reach.images, 1, reach.steps, reach.kept, len(reach.radii))
+    plan = Plan(reach.images, 1, reach.steps, reach.kept, len(reach.changes))
     together = max(1, reach.block // (reach.images * CHANNELS * SIDE * SIDE))  # classes in one block
     at_once = reach.images * min(together, classes, reach.kept)
     return Workload(f"one network of {classes} classes, {SIDE} x {SIDE}", (

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.preact_resnet import from_state_dict, new_model
+from data.preact_resnet import PointConv2d, from_state_dict, new_model
 
 NARROW = (2, 4, 4, 8)
 
@@ -47,6 +47,16 @@ def test_it_computes_what_is_written(size, channels, widths):
     x = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(model(x), by_hand(model.state_dict(), x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_point_convolution_is_a_strided_one(every):
+    """Bug: of fewer than 8 channels, torch's strided one corrupted the memory of some CPUs in training."""
+    layer = PointConv2d(4, 6, every)
+    strided = nn.Conv2d(4, 6, 1, every, bias=False)
+    strided.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 4, 7, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), strided(x))
 
 
 def test_at_full_width_it_is_the_organizers_network():
