@@ -118,7 +118,7 @@ def _surroundings(engine: Engine, locks: str) -> Surroundings:
 def _piece(work: Callable[[Any], Any], here: Surroundings, item: tuple[int, Any]) -> tuple[int, Any]:
     """In a worker: with the settings and the folder of the process that asked, on the worker's own GPU."""
     position, value = item
-    if here.parent and os.getppid() != here.parent:
+    if here.parent and here.parent not in (os.getppid(), os.getpid()):
         os._exit(1)  # who asked was killed: nobody takes this in, and its files would appear beside later runs'
     os.chdir(here.folder)
     os.environ.update(here.variables)
