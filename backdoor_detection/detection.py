@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
-from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value
+from backdoor_detection.outlier import deleted_residual_p_value
 from backdoor_detection.split_model import check_classes, frozen_copy, input_channels
 from backdoor_detection.universal import Reach, UniversalConfig, screening_step, universal_reach
 from data.devices import chosen_device
@@ -130,18 +130,12 @@ class _Deadline:
 
 
 def standing_out(found: Reach) -> tuple[float, int]:
-    """p that one class stands out, and which: the furthest where that is clearest.
+    """p that the class which reached furthest, in the mean over the changes, stands out from those that stand for all;
+    and that class.
 
-    Asked of the mean over the changes, which a class leads that is among the first under all, and of every change by
-    itself, which may be the only one that resembles a trigger; both count alike. 1 where margins are not finite.
+    1 where nothing can be compared: fewer than three classes, or margins that are not finite.
     """
-    asked = [_furthest(margins, found) for margins in (found.margins, *found.stages)]
-    of_mean, *of_changes = (p for p, _ in asked)
-    return combined_p_value([of_mean, combined_p_value(of_changes)]), min(asked, key=lambda pair: pair[0])[1]
-
-
-def _furthest(margins: Tensor, found: Reach) -> tuple[float, int]:
-    """p of the furthest of the classes that were followed, beside those that stand for all; 1 below three classes."""
+    margins = found.margins
     furthest = max(found.kept, key=lambda k: float(margins[k]))
     compared = sorted({furthest, *found.null})
     if len(compared) < 3 or not margins[[*found.kept]].isfinite().all():

@@ -1,8 +1,8 @@
 """What each change of the detector adds: `python -m benchmarks.detector_changes ZOO...`.
 
 Every network climbs once under every change below, those that ship and those that do not; then the verdict is asked of
-all that ship, without each of them, of each alone, of their mean alone and of each by itself without the mean. One
-thread a network; what is done is kept under runs/, so a second call goes on.
+the mean of all that ship, without each of them, of each alone, with more; and of each by itself (Cauchy combination),
+with the mean and without. One thread a network; what is done is kept under runs/, so a second call goes on.
 """
 from __future__ import annotations
 
@@ -64,10 +64,6 @@ def part(found: dict, names: Sequence[str]) -> Reach:
     return Reach(stages, tuple(found["kept"]), tuple(found["null"]), 0, 0)
 
 
-def of_mean(reach: Reach) -> float:
-    return standing_out(replace(reach, stages=reach.stages.mean(0, keepdim=True)))[0]
-
-
 def of_each(reach: Reach) -> float:
     return combined_p_value([standing_out(replace(reach, stages=row[None]))[0] for row in reach.stages])
 
@@ -81,8 +77,11 @@ def ways() -> dict:
     table |= {f"without {left_out}": judged([name for name in SHIPPED if name != left_out]) for left_out in SHIPPED}
     table |= {f"{name} alone": judged([name]) for name in (*SHIPPED, *OTHERS)}
     table |= {f"with {name}": judged([*SHIPPED, name]) for name in OTHERS}
-    return table | {"mean alone": lambda found: of_mean(part(found, [*SHIPPED])),
-                    "each alone": lambda found: of_each(part(found, [*SHIPPED]))}
+    def by_itself(found: dict) -> float:
+        return of_each(part(found, [*SHIPPED]))
+
+    return table | {"each by itself": by_itself,
+                    "mean and each by itself": lambda f: combined_p_value([table["shipped"](f), by_itself(f)])}
 
 
 def row(p_values: Sequence[float], truth: np.ndarray) -> dict:

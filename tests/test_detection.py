@@ -12,7 +12,7 @@ from torch import nn
 
 from backdoor_detection import detection
 from backdoor_detection.detection import TRIES, DetectorConfig, Plan, detect, standing_out
-from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value
+from backdoor_detection.outlier import deleted_residual_p_value
 from backdoor_detection.universal import Change, Reach, UniversalConfig
 from data.preact_resnet import new_model
 
@@ -309,20 +309,14 @@ def test_one_step_a_change_stays_as_asked(large_images):
         assert found.steps == len(UniversalConfig().changes)
 
 
-def test_the_mean_and_each_change_by_itself_are_weighed_alike(images):
+def test_the_mean_over_the_changes_is_judged(images):
     found = judged(Linear(10, 3), images, 10, reach=UniversalConfig(steps=2))
     assert found.suspect == 3 and found.backdoored and found.steps == found.steps_asked == 10
     stages = torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0], [1, 2, 1, 3, 4]])
-    p_mean, *p_changes = (deleted_residual_p_value(row, 5) for row in (stages.mean(0), stages[0], stages[2]))
-    p_changes.append(deleted_residual_p_value(torch.tensor([0.0, 1, 0, 1]), 5))  # without the class that is no null
     p_value, suspect = standing_out(Reach(stages, (0, 1, 2, 3, 4), (0, 1, 2, 3), 3, 3))
-    assert p_value == pytest.approx(combined_p_value([p_mean, combined_p_value(p_changes)])) and suspect == 4
-
-
-def test_the_suspect_is_the_furthest_where_that_is_clearest():
-    stages = torch.tensor([[0.0, 1, 2, 3, 50], [0, 1, 2, 3.01, 3], [9, 9, 9, 60, 0]])  # the mean: class 3, less clearly
-    p_value, suspect = standing_out(Reach(stages, (0, 1, 2, 3, 4), (0, 1, 2, 3, 4), 3, 3))
-    assert stages.mean(0).argmax() == 3 and suspect == 4 and p_value < 0.05
+    assert suspect == 4 and p_value == deleted_residual_p_value(stages.mean(0), 5)
+    without = standing_out(Reach(stages, (0, 1, 2, 4), (0, 1, 2), 3, 3))  # class 3 was not followed
+    assert without == (deleted_residual_p_value(stages.mean(0)[[0, 1, 2, 4]], 5), 4)
 
 
 def test_small_images_are_not_shrunk(images):
