@@ -426,6 +426,8 @@ def test_an_interrupted_command_leaves_no_folder(submission, parts, tmp_path, mo
         signal.raise_signal(kind)
 
     before = signal.getsignal(kind)
+    if before is signal.SIG_IGN:
+        pytest.skip("ignored by who started the tests, as nohup does, and so by the command")
     monkeypatch.setattr(sandbox, "_supervise", interrupted)
     with pytest.raises(SystemExit) as done:
         main(["run", str(submission("")), "--data", str(parts), "--task", "anomaly", "--tier", "audit",
