@@ -33,8 +33,8 @@ from submit.kept_units import code_of_modules, kept_unit
 from submit.records import environment
 
 SEED = 0
-SHIPPED = {"every pixel": Change(0, 0, 0.1), "every pixel, 0.05": Change(0, 0, 0.05), "8 x 8 points": Change(8, 8, 0.1),
-           "4 x 4 points": Change(4, 4, 0.1), "columns": Change(1, 0, 0.1)}
+NAMES = ("every pixel", "every pixel, 0.05", "8 x 8 points", "4 x 4 points", "columns")
+SHIPPED = dict(zip(NAMES, UniversalConfig().changes, strict=True))
 OTHERS = {"rows": Change(0, 1, 0.1), "every pixel, 0.025": Change(0, 0, 0.025), "columns, 0.2": Change(1, 0, 0.2)}
 KEYS = frozenset({"stages", "kept", "null"})
 
@@ -64,8 +64,9 @@ def part(found: dict, names: Sequence[str]) -> Reach:
     return Reach(stages, tuple(found["kept"]), tuple(found["null"]), 0, 0)
 
 
-def of_each(reach: Reach) -> float:
-    return combined_p_value([standing_out(replace(reach, stages=row[None]))[0] for row in reach.stages])
+def by_itself(found: dict) -> float:
+    """p where each shipped change is judged by itself."""
+    return combined_p_value([standing_out(part(found, [name]))[0] for name in SHIPPED])
 
 
 def ways() -> dict:
@@ -73,15 +74,13 @@ def ways() -> dict:
     def judged(names: Sequence[str]):
         return lambda found: standing_out(part(found, names))[0]
 
-    table = {"shipped": judged([*SHIPPED])}
+    shipped = judged([*SHIPPED])
+    table = {"shipped": shipped}
     table |= {f"without {left_out}": judged([name for name in SHIPPED if name != left_out]) for left_out in SHIPPED}
     table |= {f"{name} alone": judged([name]) for name in (*SHIPPED, *OTHERS)}
     table |= {f"with {name}": judged([*SHIPPED, name]) for name in OTHERS}
-    def by_itself(found: dict) -> float:
-        return of_each(part(found, [*SHIPPED]))
-
     return table | {"each by itself": by_itself,
-                    "mean and each by itself": lambda f: combined_p_value([table["shipped"](f), by_itself(f)])}
+                    "mean and each by itself": lambda found: combined_p_value([shipped(found), by_itself(found)])}
 
 
 def row(p_values: Sequence[float], truth: np.ndarray) -> dict:
