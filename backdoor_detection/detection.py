@@ -76,7 +76,8 @@ class Plan:
     def passes(self, num_classes: int) -> float:
         """Images through the network and back, in images of full size."""
         screened = num_classes / screening_step(self.images) if num_classes > self.kept else 0
-        sweeps = (self.steps + 1) * (screened + min(self.kept, num_classes) * self.changes)
+        followed = min(self.kept, num_classes)
+        sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes)
         return self.images * sweeps / self.shrink ** 2
 
 

@@ -92,26 +92,22 @@ class Reach:
         return self.stages.mean(0)
 
 
-class _Climb:
-    """The pictures of all classes under one change; moves some of them one step at a time."""
+class _Images:
+    """The clean images as the network sees them, each class with a picture of its own added to all of them."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
-                 num_classes: int, change: Change, config: UniversalConfig) -> None:
-        self.network, self.pixels, self.labels, self.config = network, pixels, labels, config
+                 num_classes: int, block: int) -> None:
+        self.network, self.pixels, self.labels, self.num_classes = network, pixels, labels, num_classes
         self.std = std.view(1, -1, 1, 1)
-        channels, *size = pixels.shape[1:]
-        self.moved = pixels.new_zeros(num_classes, channels, *change.points(*size))   # (K, C, h, w)
-        self.bound = change.radius * math.sqrt(self.moved[0].numel())  # of a picture's norm
-        self.per_block = max(1, config.block // pixels.numel())
+        self.per_block = max(1, block // pixels.numel())  # classes through the network at once
 
-    def margins(self, classes: Tensor, moved: Tensor) -> Tensor:
-        """(k, N) each class's logit minus the largest other, of all images under the class's picture."""
-        added = interpolate(moved, self.pixels.shape[2:], mode="bicubic", align_corners=False) / self.std
-        shifted = (self.pixels + added[:, None]).flatten(0, 1)
+    def margins(self, classes: Tensor, added: Tensor) -> Tensor:
+        """(k, N) each class's logit minus the largest other, of all images under the class's of (k, C, H, W) added."""
+        shifted = (self.pixels + (added / self.std)[:, None]).flatten(0, 1)
         logits = self.network(shifted.contiguous(memory_format=torch.channels_last))
-        expect(logits.shape[1] == len(self.moved), "num_classes", f"{logits.shape[1]}, as the model puts out",
-               len(self.moved))
-        logits = logits.view(len(moved), len(self.pixels), -1)
+        expect(logits.shape[1] == self.num_classes, "num_classes", f"{logits.shape[1]}, as the model puts out",
+               self.num_classes)
+        logits = logits.view(len(classes), len(self.pixels), -1)
         at = classes.view(-1, 1, 1).expand(-1, len(self.pixels), 1)
         return (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]
 
@@ -123,42 +119,73 @@ class _Climb:
         found = margins.masked_fill(self.labels == classes[:, None], math.nan).nanquantile(0.5, dim=1)
         return found.masked_fill(margins.isnan().any(1), math.nan)
 
-    def step(self, classes: Tensor, length: float) -> tuple[Tensor, Tensor]:
-        """Median margins of `classes` before a step of `length` bounds along the mean's gradient, and their next
-        pictures, within the bound."""
-        moved = self.moved[classes].requires_grad_(True)
-        margins = self.margins(classes, moved)
+    def slopes(self, classes: Tensor, pictures: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """(k,) median margins, and the gradient of the mean ones by `pictures`, which `added` was made of."""
+        margins = self.margins(classes, added)
         others = (self.labels != classes[:, None]).float()
-        (gradient,) = torch.autograd.grad(((margins * others).sum(1) / others.sum(1)).sum(), moved)
-        moved = moved.detach() + length * self.bound * gradient / _norm(gradient).clamp(min=1e-20)
-        return self.medians(classes, margins.detach()), moved * (self.bound / _norm(moved).clamp(min=self.bound))
+        (gradient,) = torch.autograd.grad(((margins * others).sum(1) / others.sum(1)).sum(), pictures)
+        return self.medians(classes, margins.detach()), gradient
 
-    def sweep(self, classes: Tensor, number: int, late: Callable[[], bool]) -> Tensor | None:
-        """(k,) medians of `classes` after `number` steps, and one step more (not after the last); None when late."""
-        length = 1.0 if number == 0 else STRIDE / self.config.steps  # the first to the bound
-        medians, moves = [], []
+    def unchanged(self, classes: Tensor, late: Callable[[], bool]) -> tuple[Tensor, Tensor] | None:
+        """(k,) medians and (k, C, H, W) slopes where nothing is added yet; None when late."""
+        found = []
         for part in classes.split(self.per_block):
             if late():
                 return None
-            if number == self.config.steps:
-                with torch.no_grad():
-                    medians.append(self.medians(part, self.margins(part, self.moved[part])))
-            else:
-                before, moved = self.step(part, length)
-                medians.append(before)
-                moves.append(moved)
-        if moves:
-            self.moved[classes] = torch.cat(moves)
-        return torch.cat(medians)
+            nothing = self.pixels.new_zeros(len(part), *self.pixels.shape[1:]).requires_grad_(True)
+            found.append(self.slopes(part, nothing, nothing))
+        medians, slopes = zip(*found, strict=True)
+        return torch.cat(medians), torch.cat(slopes)
 
-    def follow(self, classes: Tensor, margins: Tensor, late: Callable[[], bool]) -> int:
-        """Write the medians of `classes` into (K,) `margins`, sweep by sweep; the number of sweeps done in time."""
-        for number in range(self.config.steps + 1):
-            found = self.sweep(classes, number, late)
-            if found is None:
-                return number
-            margins[classes] = found
-        return self.config.steps + 1
+
+class _Climb:
+    """One change, looked for in `steps` steps."""
+
+    def __init__(self, images: _Images, change: Change, steps: int) -> None:
+        self.images, self.steps = images, steps
+        channels, *self.size = images.pixels.shape[1:]
+        self.shape = channels, *change.points(*self.size)
+        self.bound = change.radius * math.sqrt(math.prod(self.shape))  # of a picture's norm
+
+    def enlarged(self, pictures: Tensor) -> Tensor:
+        return interpolate(pictures, self.size, mode="bicubic", align_corners=False)
+
+    def first(self, slopes: Tensor) -> Tensor:
+        """(k, C, h, w) pictures after a step from nothing to the bound: the slope at the points follows from that at
+        the pixels, as enlarging is linear."""
+        nothing = slopes.new_zeros(len(slopes), *self.shape).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self.enlarged(nothing), nothing, slopes)
+        return self.bound * _direction(gradient)
+
+    def step(self, classes: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(k,) medians before a step along the mean's gradient, and the pictures after it, within the bound."""
+        pictures = pictures.requires_grad_(True)
+        medians, gradient = self.images.slopes(classes, pictures, self.enlarged(pictures))
+        moved = pictures.detach() + STRIDE / self.steps * self.bound * _direction(gradient)
+        return medians, moved * (self.bound / _norm(moved).clamp(min=self.bound))
+
+    def last(self, classes: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(k,) medians under the pictures as they are."""
+        with torch.no_grad():
+            return self.images.medians(classes, self.images.margins(classes, self.enlarged(pictures))), pictures
+
+    def follow(self, classes: Tensor, slopes: Tensor, margins: Tensor, late: Callable[[], bool]) -> int:
+        """Write the medians of `classes` after each step into (K,) `margins`; the number of steps done in time."""
+        pictures = self.first(slopes)
+        for number in range(1, self.steps + 1):
+            look, found = self.last if number == self.steps else self.step, []
+            for part, moved in zip(classes.split(self.images.per_block), pictures.split(self.images.per_block),
+                                   strict=True):
+                if late():
+                    return number - 1
+                found.append(look(part, moved))
+            medians, pictures = (torch.cat(one) for one in zip(*found, strict=True))
+            margins[classes] = medians
+        return self.steps
+
+
+def _direction(x: Tensor) -> Tensor:
+    return x / _norm(x).clamp(min=1e-20)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -182,22 +209,34 @@ def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels:
     """
     classes = torch.arange(num_classes, device=pixels.device)
     classes = null = classes[(labels != classes[:, None]).any(1)]
-    margins, stages, done = pixels.new_zeros(num_classes), [], 0
+    margins = pixels.new_zeros(num_classes)
     if len(classes) > config.kept:
         few = slice(None, None, screening_step(len(labels)) if len(labels[::SCREENING].unique()) > 1 else 1)
-        climb = _Climb(network, pixels[few], labels[few], std, num_classes, config.changes[0], config)
-        if climb.follow(classes, margins, late) > config.steps:
+        images = _Images(network, pixels[few], labels[few], std, num_classes, config.block)
+        if _followed(images, classes, config.changes[:1], config.steps, margins, late)[0]:
             kept, spread = _spread(margins[classes], config.kept)
             classes, null = classes[kept], classes[spread]
-    for change in config.changes:
-        climb = _Climb(network, pixels, labels, std, num_classes, change, config)
-        sweeps = climb.follow(classes, margins, late)
-        done += max(0, sweeps - 1)
-        if sweeps <= config.steps:
-            break
-        stages.append(margins.clone())
+    images = _Images(network, pixels, labels, std, num_classes, config.block)
+    stages, done = _followed(images, classes, config.changes, config.steps, margins, late)
     return Reach(torch.stack(stages or [margins]).cpu(), tuple(classes.tolist()), tuple(null.tolist()), done,
                  config.all_steps)
+
+
+def _followed(images: _Images, classes: Tensor, changes: tuple[Change, ...], steps: int, margins: Tensor,
+              late: Callable[[], bool]) -> tuple[list[Tensor], int]:
+    """(K,) `margins` as they were after each change that was done in time, and steps in all. What is known of
+    `classes` is written into `margins` as it comes. All changes begin at nothing: its slopes are found once."""
+    unchanged = images.unchanged(classes, late)
+    if unchanged is None:
+        return [], 0
+    margins[classes], slopes = unchanged
+    stages: list[Tensor] = []
+    for change in changes:
+        done = _Climb(images, change, steps).follow(classes, slopes, margins, late)
+        if done < steps:
+            return stages, len(stages) * steps + done
+        stages.append(margins.clone())
+    return stages, len(stages) * steps
 
 
 def _spread(margins: Tensor, kept: int) -> tuple[Tensor, Tensor]:
