@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
+from backdoor_detection.natural import natural_reach
 from backdoor_detection.outlier import deleted_residual_p_value
 from backdoor_detection.split_model import check_classes, frozen_copy, input_channels
 from backdoor_detection.universal import Reach, UniversalConfig, screening_step, universal_reach
@@ -77,7 +79,7 @@ class Plan:
         """Images through the network and back, in images of full size."""
         screened = num_classes / screening_step(self.images) if num_classes > self.kept else 0
         followed = min(self.kept, num_classes)
-        sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes)
+        sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes) + num_classes
         return self.images * sweeps / self.shrink ** 2
 
 
@@ -98,14 +100,16 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     seconds = _seconds_per_image(network, given, device, clock)
     left = start + config.deadline_s - clock()
     plan = _fitting_plan(seconds, num_classes, left, given, config.reach)
-    pixels, labels = _chosen(network, given, plan, num_classes, device, generator=generator)
-    reach = replace(config.reach, images=len(pixels), steps=plan.steps, kept=plan.kept,
+    reach = replace(config.reach, images=plan.images, steps=plan.steps, kept=plan.kept,
                     block=_timely_block(seconds, left, given, config.reach))
+    known, places = _chosen(network, given, plan, num_classes, device, generator=generator)
+    images = ChangedImages(network, known.pixels[places], known.labels[places], known.std, num_classes, reach.block)
     late = _Deadline(start + config.deadline_s, device, clock)
-    found = universal_reach(network, pixels, labels, given.std.to(device), num_classes, reach, late=late)
+    natural = natural_reach(images, known.pixels, known.labels, late=late)
+    found = universal_reach(images, reach, natural=natural, late=late)
     p_value, suspect = standing_out(found)
-    return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(pixels),
-                     pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
+    return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(images.pixels),
+                     images.pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
 
 
 def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable) -> Detection:
@@ -145,18 +149,19 @@ def standing_out(found: Reach) -> tuple[float, int]:
 
 
 def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,
-            generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The plan's images on the device, and their labels: as named, else as the network sees them."""
+            generator: torch.Generator) -> tuple[CleanImages, list[int]]:
+    """All images on the device, in the plan's size, and the places of those that the plan takes; these have labels, as
+    named, else as the network sees them."""
     places = draw_balanced(given.labels.tolist(), plan.images, generator=generator)
-    pixels = given.pixels[places].to(device)
-    labels = given.labels[places].to(device)
+    pixels, labels = given.pixels.to(device), given.labels.to(device)
     if plan.shrink > 1:
         pixels = avg_pool2d(pixels, plan.shrink)
-    unknown = (labels < 0) | (labels >= num_classes)
+    taken = labels[places]
+    unknown = (taken < 0) | (taken >= num_classes)
     if unknown.any():
         with torch.no_grad():
-            labels = torch.where(unknown, network(pixels).argmax(1), labels)
-    return pixels, labels
+            labels[places] = torch.where(unknown, network(pixels[places]).argmax(1), taken)
+    return replace(given, pixels=pixels, labels=labels, std=given.std.to(device)), places
 
 
 def _seconds_per_image(network: nn.Module, given: CleanImages, device: torch.device,

@@ -4,7 +4,7 @@ A backdoor is a shortcut to its target class: one change of the picture that wor
 each class one change is optimised, shared by the clean images of all other classes and bounded in L2 norm. It is
 looked for several times, at every pixel and as coarse pictures that are enlarged: in a clean network the class that
 gets furthest is another one each time, a backdoor's target leads again and again. A class's statistic is the mean
-over these changes of the median margin over the images.
+over these changes of the median margin over the images, less a share of what it reaches by nature (`natural.py`).
 
 Source: targeted universal adversarial perturbations (Moosavi-Dezfooli et al., CVPR 2017, arXiv:1610.08401) in place
 of the separate points of Mm-Bd (Wang et al., IEEE S&P 2024, arXiv:2205.06900); coarse pictures after the smooth
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from backdoor_detection.changed_images import ChangedImages, direction, norm
 from data.errors import expect
 
 STRIDE = 2.5   # steps add up to this many radii, so that every change can reach its bound and turn
 SCREENING = 3  # one in so many images, of six or more, tells which of many classes are followed
+NATURAL = 0.5   # share of the natural reach that is taken off
 FURTHEST = 3   # one in so many of these are the furthest, the others evenly spread
 
 
@@ -73,7 +75,8 @@ class UniversalConfig:
 @dataclass(frozen=True)
 class Reach:
     """stages: (S, K) median margin of each class under each change that was done in time; where none was, one row of
-    what there is: 0 before the first sweep. A class that was not followed has its margin of the screening.
+    what there is: 0 before the first sweep. A class that was not followed has its margin of the screening. natural:
+    (K,) of `natural_reach`, 0 where it was not asked for.
 
     kept: classes that were followed, ascending; never one that all images belong to, which keeps its 0. null: those of
     them that stand for all classes, an even spread over the ranks of the screening; the others are there because they
@@ -81,6 +84,7 @@ class Reach:
     """
 
     stages: Tensor
+    natural: Tensor
     kept: tuple[int, ...]
     null: tuple[int, ...]
     steps: int
@@ -88,60 +92,14 @@ class Reach:
 
     @property
     def margins(self) -> Tensor:
-        """(K,) mean over the changes."""
-        return self.stages.mean(0)
-
-
-class _Images:
-    """The clean images as the network sees them, each class with a picture of its own added to all of them."""
-
-    def __init__(self, network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
-                 num_classes: int, block: int) -> None:
-        self.network, self.pixels, self.labels, self.num_classes = network, pixels, labels, num_classes
-        self.std = std.view(1, -1, 1, 1)
-        self.per_block = max(1, block // pixels.numel())  # classes through the network at once
-
-    def margins(self, classes: Tensor, added: Tensor) -> Tensor:
-        """(k, N) each class's logit minus the largest other, of all images under the class's of (k, C, H, W) added."""
-        shifted = (self.pixels + (added / self.std)[:, None]).flatten(0, 1)
-        logits = self.network(shifted.contiguous(memory_format=torch.channels_last))
-        expect(logits.shape[1] == self.num_classes, "num_classes", f"{logits.shape[1]}, as the model puts out",
-               self.num_classes)
-        logits = logits.view(len(classes), len(self.pixels), -1)
-        at = classes.view(-1, 1, 1).expand(-1, len(self.pixels), 1)
-        return (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]
-
-    def medians(self, classes: Tensor, margins: Tensor) -> Tensor:
-        """(k,) over the images of other classes: a class that some images are close to anyhow is not far for that.
-
-        NaN where any margin is.
-        """
-        found = margins.masked_fill(self.labels == classes[:, None], math.nan).nanquantile(0.5, dim=1)
-        return found.masked_fill(margins.isnan().any(1), math.nan)
-
-    def slopes(self, classes: Tensor, pictures: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        """(k,) median margins, and the gradient of the mean ones by `pictures`, which `added` was made of."""
-        margins = self.margins(classes, added)
-        others = (self.labels != classes[:, None]).float()
-        (gradient,) = torch.autograd.grad(((margins * others).sum(1) / others.sum(1)).sum(), pictures)
-        return self.medians(classes, margins.detach()), gradient
-
-    def unchanged(self, classes: Tensor, late: Callable[[], bool]) -> tuple[Tensor, Tensor] | None:
-        """(k,) medians and (k, C, H, W) slopes where nothing is added yet; None when late."""
-        found = []
-        for part in classes.split(self.per_block):
-            if late():
-                return None
-            nothing = self.pixels.new_zeros(len(part), *self.pixels.shape[1:]).requires_grad_(True)
-            found.append(self.slopes(part, nothing, nothing))
-        medians, slopes = zip(*found, strict=True)
-        return torch.cat(medians), torch.cat(slopes)
+        """(K,) mean over the changes, less a share of what is natural; not while nothing has climbed."""
+        return self.stages.mean(0) - (NATURAL * self.natural if self.steps else 0)
 
 
 class _Climb:
     """One change, looked for in `steps` steps."""
 
-    def __init__(self, images: _Images, change: Change, steps: int) -> None:
+    def __init__(self, images: ChangedImages, change: Change, steps: int) -> None:
         self.images, self.steps = images, steps
         channels, *self.size = images.pixels.shape[1:]
         self.shape = channels, *change.points(*self.size)
@@ -155,14 +113,14 @@ class _Climb:
         the pixels, as enlarging is linear."""
         nothing = slopes.new_zeros(len(slopes), *self.shape).requires_grad_(True)
         (gradient,) = torch.autograd.grad(self.enlarged(nothing), nothing, slopes)
-        return self.bound * _direction(gradient)
+        return self.bound * direction(gradient)
 
     def step(self, classes: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """(k,) medians before a step along the mean's gradient, and the pictures after it, within the bound."""
         pictures = pictures.requires_grad_(True)
         medians, gradient = self.images.slopes(classes, pictures, self.enlarged(pictures))
-        moved = pictures.detach() + STRIDE / self.steps * self.bound * _direction(gradient)
-        return medians, moved * (self.bound / _norm(moved).clamp(min=self.bound))
+        moved = pictures.detach() + STRIDE / self.steps * self.bound * direction(gradient)
+        return medians, moved * (self.bound / norm(moved).clamp(min=self.bound))
 
     def last(self, classes: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """(k,) medians under the pictures as they are."""
@@ -184,45 +142,39 @@ class _Climb:
         return self.steps
 
 
-def _direction(x: Tensor) -> Tensor:
-    return x / _norm(x).clamp(min=1e-20)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-
-
 def screening_step(images: int) -> int:
     """One in so many of the images is screened with: all, where a part would be one or none."""
     return SCREENING if images >= 2 * SCREENING else 1
 
 
-def universal_reach(network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, std: Tensor,
-                    num_classes: int, config: UniversalConfig, *,
+def universal_reach(images: ChangedImages, config: UniversalConfig, *, natural: Tensor | None = None,
                     late: Callable[[], bool] = lambda: False) -> Reach:
     """Climb change by change until all are done or `late()` says so; of many classes, for those that a screening keeps.
 
-    network: (B, C, H, W) normalised images to (B, K) logits, frozen. pixels: (N, C, H, W) normalised. labels:
-    (N,), an image of the class itself does not count for it. std: (C,) of the normalisation, which the radius is
-    measured under. late: asked between blocks; a sweep it cuts off does not count. Raises InputError where the
-    network has not `num_classes` outputs.
+    images: of a frozen network; one of the class itself does not count for it. natural: (K,) of `natural_reach`, None
+    for 0. late: asked between blocks; a sweep it cuts off does not count. Raises InputError where the network has not
+    as many outputs as classes.
     """
-    classes = torch.arange(num_classes, device=pixels.device)
-    classes = null = classes[(labels != classes[:, None]).any(1)]
-    margins = pixels.new_zeros(num_classes)
+    classes = torch.arange(images.num_classes, device=images.labels.device)
+    classes = null = classes[(images.labels != classes[:, None]).any(1)]
+    margins = images.pixels.new_zeros(images.num_classes)
+    natural = torch.zeros_like(margins) if natural is None else natural
     if len(classes) > config.kept:
-        few = slice(None, None, screening_step(len(labels)) if len(labels[::SCREENING].unique()) > 1 else 1)
-        images = _Images(network, pixels[few], labels[few], std, num_classes, config.block)
-        if _followed(images, classes, config.changes[:1], config.steps, margins, late)[0]:
-            kept, spread = _spread(margins[classes], config.kept)
+        if _followed(_thinned(images), classes, config.changes[:1], config.steps, margins, late)[0]:
+            kept, spread = _spread((margins - NATURAL * natural)[classes], config.kept)
             classes, null = classes[kept], classes[spread]
-    images = _Images(network, pixels, labels, std, num_classes, config.block)
     stages, done = _followed(images, classes, config.changes, config.steps, margins, late)
-    return Reach(torch.stack(stages or [margins]).cpu(), tuple(classes.tolist()), tuple(null.tolist()), done,
-                 config.all_steps)
+    return Reach(torch.stack(stages or [margins]).cpu(), natural.cpu(), tuple(classes.tolist()), tuple(null.tolist()),
+                 done, config.all_steps)
 
 
-def _followed(images: _Images, classes: Tensor, changes: tuple[Change, ...], steps: int, margins: Tensor,
+def _thinned(images: ChangedImages) -> ChangedImages:
+    """One image in some, for a screening; all where those would be of one label."""
+    step = screening_step(len(images.labels)) if len(images.labels[::SCREENING].unique()) > 1 else 1
+    return images.some(slice(None, None, step))
+
+
+def _followed(images: ChangedImages, classes: Tensor, changes: tuple[Change, ...], steps: int, margins: Tensor,
               late: Callable[[], bool]) -> tuple[list[Tensor], int]:
     """(K,) `margins` as they were after each change that was done in time, and steps in all. What is known of
     `classes` is written into `margins` as it comes. All changes begin at nothing: its slopes are found once."""
