@@ -1,7 +1,8 @@
 """The shipped detector: from a model and a folder of clean images to a verdict, before a deadline.
 
-A few universal changes a class (`universal.py`), then the question whether the class that they bring furthest stands
-out from the others (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
+A few universal changes a class (`universal.py`), less what it reaches by its own look (`natural.py`), then the question
+whether the class that gets furthest stands out from the others (`outlier.py`). How much is done is planned from a timed
+pass and stays within the time.
 """
 from __future__ import annotations
 

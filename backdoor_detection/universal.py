@@ -159,10 +159,10 @@ def universal_reach(images: ChangedImages, config: UniversalConfig, *, natural: 
     classes = null = classes[(images.labels != classes[:, None]).any(1)]
     margins = images.pixels.new_zeros(images.num_classes)
     natural = torch.zeros_like(margins) if natural is None else natural
-    if len(classes) > config.kept:
-        if _followed(_thinned(images), classes, config.changes[:1], config.steps, margins, late)[0]:
-            kept, spread = _spread((margins - NATURAL * natural)[classes], config.kept)
-            classes, null = classes[kept], classes[spread]
+    if len(classes) > config.kept and _followed(_thinned(images), classes, config.changes[:1], config.steps, margins,
+                                                late)[0]:
+        kept, spread = _spread((margins - NATURAL * natural)[classes], config.kept)
+        classes, null = classes[kept], classes[spread]
     stages, done = _followed(images, classes, config.changes, config.steps, margins, late)
     return Reach(torch.stack(stages or [margins]).cpu(), natural.cpu(), tuple(classes.tolist()), tuple(null.tolist()),
                  done, config.all_steps)

@@ -2,7 +2,8 @@
 
 Every network climbs once under every change below, those that ship and those that do not; then the verdict is asked of
 the mean of all that ship, without each of them, of each alone, with more, with more and less taken off for what is
-natural; and of each by itself (Cauchy combination), with the mean and without. One thread a network; what is done is kept under runs/, so a second call goes on.
+natural; and of each by itself (Cauchy combination), with the mean and without. One thread a network; what is done is
+kept under runs/, so a second call goes on.
 """
 from __future__ import annotations
 
