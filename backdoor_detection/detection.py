@@ -1,8 +1,7 @@
 """The shipped detector: from a model and a folder of clean images to a verdict, before a deadline.
 
-A few universal changes a class (`universal.py`), less what it reaches by its own look (`natural.py`), then the question
-whether the class that gets furthest stands out from the others (`outlier.py`). How much is done is planned from a timed
-pass and stays within the time.
+A few universal changes a class (`universal.py`), then the question whether the class that they bring furthest stands
+out from the others (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
 """
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ from torch.nn.functional import avg_pool2d
 
 from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
-from backdoor_detection.natural import natural_reach
 from backdoor_detection.outlier import deleted_residual_p_value
 from backdoor_detection.split_model import check_classes, frozen_copy, input_channels
 from backdoor_detection.universal import Reach, UniversalConfig, screening_step, universal_reach
@@ -80,7 +78,7 @@ class Plan:
         """Images through the network and back, in images of full size."""
         screened = num_classes / screening_step(self.images) if num_classes > self.kept else 0
         followed = min(self.kept, num_classes)
-        sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes) + num_classes
+        sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes)
         return self.images * sweeps / self.shrink ** 2
 
 
@@ -103,11 +101,10 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     plan = _fitting_plan(seconds, num_classes, left, given, config.reach)
     reach = replace(config.reach, images=plan.images, steps=plan.steps, kept=plan.kept,
                     block=_timely_block(seconds, left, given, config.reach))
-    known, places = _chosen(network, given, plan, num_classes, device, generator=generator)
-    images = ChangedImages(network, known.pixels[places], known.labels[places], known.std, num_classes, reach.block)
+    pixels, labels = _chosen(network, given, plan, num_classes, device, generator=generator)
+    images = ChangedImages(network, pixels, labels, given.std.to(device), num_classes, reach.block)
     late = _Deadline(start + config.deadline_s, device, clock)
-    natural = natural_reach(images, known.pixels, known.labels, late=late)
-    found = universal_reach(images, reach, natural=natural, late=late)
+    found = universal_reach(images, reach, late=late)
     p_value, suspect = standing_out(found)
     return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(images.pixels),
                      images.pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
@@ -150,19 +147,18 @@ def standing_out(found: Reach) -> tuple[float, int]:
 
 
 def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,
-            generator: torch.Generator) -> tuple[CleanImages, list[int]]:
-    """All images on the device, in the plan's size, and the places of those that the plan takes; these have labels, as
-    named, else as the network sees them."""
+            generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The plan's images on the device, and their labels: as named, else as the network sees them."""
     places = draw_balanced(given.labels.tolist(), plan.images, generator=generator)
-    pixels, labels = given.pixels.to(device), given.labels.to(device)
+    pixels = given.pixels[places].to(device)
+    labels = given.labels[places].to(device)
     if plan.shrink > 1:
         pixels = avg_pool2d(pixels, plan.shrink)
-    taken = labels[places]
-    unknown = (taken < 0) | (taken >= num_classes)
+    unknown = (labels < 0) | (labels >= num_classes)
     if unknown.any():
         with torch.no_grad():
-            labels[places] = torch.where(unknown, network(pixels[places]).argmax(1), taken)
-    return replace(given, pixels=pixels, labels=labels, std=given.std.to(device)), places
+            labels = torch.where(unknown, network(pixels).argmax(1), labels)
+    return pixels, labels
 
 
 def _seconds_per_image(network: nn.Module, given: CleanImages, device: torch.device,

@@ -4,7 +4,7 @@ A backdoor is a shortcut to its target class: one change of the picture that wor
 each class one change is optimised, shared by the clean images of all other classes and bounded in L2 norm. It is
 looked for several times, at every pixel and as coarse pictures that are enlarged: in a clean network the class that
 gets furthest is another one each time, a backdoor's target leads again and again. A class's statistic is the mean
-over these changes of the median margin over the images, less a share of what it reaches by nature (`natural.py`).
+over these changes of the median margin over the images.
 
 Source: targeted universal adversarial perturbations (Moosavi-Dezfooli et al., CVPR 2017, arXiv:1610.08401) in place
 of the separate points of Mm-Bd (Wang et al., IEEE S&P 2024, arXiv:2205.06900); coarse pictures after the smooth
@@ -26,7 +26,6 @@ from data.errors import expect
 
 STRIDE = 2.5   # steps add up to this many radii, so that every change can reach its bound and turn
 SCREENING = 3  # one in so many images, of six or more, tells which of many classes are followed
-NATURAL = 0.5   # share of the natural reach that is taken off
 FURTHEST = 3   # one in so many of these are the furthest, the others evenly spread
 
 
@@ -75,8 +74,7 @@ class UniversalConfig:
 @dataclass(frozen=True)
 class Reach:
     """stages: (S, K) median margin of each class under each change that was done in time; where none was, one row of
-    what there is: 0 before the first sweep. A class that was not followed has its margin of the screening. natural:
-    (K,) of `natural_reach`, 0 where it was not asked for.
+    what there is: 0 before the first sweep. A class that was not followed has its margin of the screening.
 
     kept: classes that were followed, ascending; never one that all images belong to, which keeps its 0. null: those of
     them that stand for all classes, an even spread over the ranks of the screening; the others are there because they
@@ -84,7 +82,6 @@ class Reach:
     """
 
     stages: Tensor
-    natural: Tensor
     kept: tuple[int, ...]
     null: tuple[int, ...]
     steps: int
@@ -92,8 +89,8 @@ class Reach:
 
     @property
     def margins(self) -> Tensor:
-        """(K,) mean over the changes, less a share of what is natural; not while nothing has climbed."""
-        return self.stages.mean(0) - (NATURAL * self.natural if self.steps else 0)
+        """(K,) mean over the changes."""
+        return self.stages.mean(0)
 
 
 class _Climb:
@@ -147,25 +144,23 @@ def screening_step(images: int) -> int:
     return SCREENING if images >= 2 * SCREENING else 1
 
 
-def universal_reach(images: ChangedImages, config: UniversalConfig, *, natural: Tensor | None = None,
+def universal_reach(images: ChangedImages, config: UniversalConfig, *,
                     late: Callable[[], bool] = lambda: False) -> Reach:
     """Climb change by change until all are done or `late()` says so; of many classes, for those that a screening keeps.
 
-    images: of a frozen network; one of the class itself does not count for it. natural: (K,) of `natural_reach`, None
-    for 0. late: asked between blocks; a sweep it cuts off does not count. Raises InputError where the network has not
-    as many outputs as classes.
+    images: of a frozen network; one of the class itself does not count for it. late: asked between blocks; a sweep it
+    cuts off does not count. Raises InputError where the network has not as many outputs as classes.
     """
     classes = torch.arange(images.num_classes, device=images.labels.device)
     classes = null = classes[(images.labels != classes[:, None]).any(1)]
     margins = images.pixels.new_zeros(images.num_classes)
-    natural = torch.zeros_like(margins) if natural is None else natural
     if len(classes) > config.kept and _followed(_thinned(images), classes, config.changes[:1], config.steps, margins,
                                                 late)[0]:
-        kept, spread = _spread((margins - NATURAL * natural)[classes], config.kept)
+        kept, spread = _spread(margins[classes], config.kept)
         classes, null = classes[kept], classes[spread]
     stages, done = _followed(images, classes, config.changes, config.steps, margins, late)
-    return Reach(torch.stack(stages or [margins]).cpu(), natural.cpu(), tuple(classes.tolist()), tuple(null.tolist()),
-                 done, config.all_steps)
+    return Reach(torch.stack(stages or [margins]).cpu(), tuple(classes.tolist()), tuple(null.tolist()), done,
+                 config.all_steps)
 
 
 def _thinned(images: ChangedImages) -> ChangedImages:

@@ -1,9 +1,8 @@
 """What each change of the detector adds: `python -m benchmarks.detector_changes ZOO...`.
 
 Every network climbs once under every change below, those that ship and those that do not; then the verdict is asked of
-the mean of all that ship, without each of them, of each alone, with more, with more and less taken off for what is
-natural; and of each by itself (Cauchy combination), with the mean and without. One thread a network; what is done is
-kept under runs/, so a second call goes on.
+the mean of all that ship, without each of them, of each alone, with more; and of each by itself (Cauchy combination),
+with the mean and without. One thread a network; what is done is kept under runs/, so a second call goes on.
 """
 from __future__ import annotations
 
@@ -24,7 +23,6 @@ from backdoor_detection import detection, universal
 from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import draw_balanced, read_clean_images
 from backdoor_detection.detection import DetectorConfig, standing_out
-from backdoor_detection.natural import natural_reach
 from backdoor_detection.outlier import combined_p_value
 from backdoor_detection.split_model import frozen_copy
 from backdoor_detection.universal import Change, Reach, UniversalConfig, universal_reach
@@ -39,8 +37,7 @@ SEED = 0
 NAMES = ("every pixel", "every pixel, 0.05", "8 x 8 points", "4 x 4 points", "columns")
 SHIPPED = dict(zip(NAMES, UniversalConfig().changes, strict=True))
 OTHERS = {"rows": Change(0, 1, 0.1), "every pixel, 0.025": Change(0, 0, 0.025), "columns, 0.2": Change(1, 0, 0.2)}
-SHARES = (0.0, 0.5, 2.0)  # in place of the shipped share of the natural reach
-KEYS = frozenset({"stages", "natural", "kept", "null"})
+KEYS = frozenset({"stages", "kept", "null"})
 
 
 def climbed(sample: ZooModel) -> dict:
@@ -52,9 +49,8 @@ def climbed(sample: ZooModel) -> dict:
     places = draw_balanced(given.labels.tolist(), config.images, generator=generator)
     images = ChangedImages(frozen_copy(load_model(sample)), given.pixels[places], given.labels[places], given.std,
                            sample.num_classes, config.block)
-    found = universal_reach(images, config, natural=natural_reach(images, given.pixels, given.labels))
-    return {"stages": found.stages.tolist(), "natural": found.natural.tolist(), "kept": list(found.kept),
-            "null": list(found.null)}
+    found = universal_reach(images, config)
+    return {"stages": found.stages.tolist(), "kept": list(found.kept), "null": list(found.null)}
 
 
 def unit(folder: Path, sample: ZooModel) -> dict:
@@ -63,12 +59,11 @@ def unit(folder: Path, sample: ZooModel) -> dict:
     return kept_unit(folder / f"{name}.json", KEYS, partial(climbed, sample))
 
 
-def part(found: dict, names: Sequence[str], share: float = 1.0) -> Reach:
-    """The reach as if only these changes had been tried, less `share` of what is shipped for what is natural."""
+def part(found: dict, names: Sequence[str]) -> Reach:
+    """The reach as if only these changes had been tried."""
     order = [*SHIPPED, *OTHERS]
     stages = torch.tensor(found["stages"])[[order.index(name) for name in names]]
-    natural = torch.tensor(found["natural"]) * share
-    return Reach(stages, natural, tuple(found["kept"]), tuple(found["null"]), 1, 1)
+    return Reach(stages, tuple(found["kept"]), tuple(found["null"]), 0, 0)
 
 
 def by_itself(found: dict) -> float:
@@ -78,15 +73,14 @@ def by_itself(found: dict) -> float:
 
 def ways() -> dict:
     """Every row of the table: from what was found of a network to p."""
-    def judged(names: Sequence[str], share: float = 1.0):
-        return lambda found: standing_out(part(found, names, share))[0]
+    def judged(names: Sequence[str]):
+        return lambda found: standing_out(part(found, names))[0]
 
     shipped = judged([*SHIPPED])
     table = {"shipped": shipped}
     table |= {f"without {left_out}": judged([name for name in SHIPPED if name != left_out]) for left_out in SHIPPED}
     table |= {f"{name} alone": judged([name]) for name in (*SHIPPED, *OTHERS)}
     table |= {f"with {name}": judged([*SHIPPED, name]) for name in OTHERS}
-    table |= {f"natural reach x {share}": judged([*SHIPPED], share) for share in SHARES}
     return table | {"each by itself": by_itself,
                     "mean and each by itself": lambda found: combined_p_value([shipped(found), by_itself(found)])}
 

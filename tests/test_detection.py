@@ -60,7 +60,7 @@ def a_model(classes=4, channels=3):
     return new_model(classes, (2, 4, 4, 8), channels, seed=0).eval()
 
 
-@pytest.mark.parametrize("classes", [4, 10, 43])
+@pytest.mark.parametrize("classes", [3, 10, 43])
 def test_a_class_that_one_small_shift_reaches_is_found(images, classes):
     target = classes - 2
     found = judged(Linear(classes, target), images, classes)
@@ -252,8 +252,7 @@ def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
 @pytest.mark.parametrize("classes", [4, 10, 43])
 def test_a_plan_counts_what_is_done(large_images, classes):
     found, clock = timed(large_images, 1e-5, classes=classes)
-    without_images = classes - 4  # a mean of no images is not looked at
-    counted = (Plan(6, 1, 8, 8, 1).passes(classes) - 6 * without_images) * 4 * 1e-5  # four times 32x32 pixels
+    counted = Plan(6, 1, 8, 8, 1).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
     assert clock.now - 1000 - (TRIES + 6) * 4 * 1e-5 == pytest.approx(counted)  # timed before: one image, all six
     assert found.steps == 8
 
@@ -314,9 +313,9 @@ def test_the_mean_over_the_changes_is_judged(images):
     found = judged(Linear(10, 3), images, 10, reach=UniversalConfig(steps=2))
     assert found.suspect == 3 and found.backdoored and found.steps == found.steps_asked == 10
     stages = torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0], [1, 2, 1, 3, 4]])
-    p_value, suspect = standing_out(Reach(stages, torch.zeros(5), (0, 1, 2, 3, 4), (0, 1, 2, 3), 3, 3))
+    p_value, suspect = standing_out(Reach(stages, (0, 1, 2, 3, 4), (0, 1, 2, 3), 3, 3))
     assert suspect == 4 and p_value == deleted_residual_p_value(stages.mean(0), 5)
-    without = standing_out(Reach(stages, torch.zeros(5), (0, 1, 2, 4), (0, 1, 2), 3, 3))  # class 3 was not followed
+    without = standing_out(Reach(stages, (0, 1, 2, 4), (0, 1, 2), 3, 3))  # class 3 was not followed
     assert without == (deleted_residual_p_value(stages.mean(0)[[0, 1, 2, 4]], 5), 4)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from backdoor_detection.changed_images import ChangedImages
-from backdoor_detection.universal import NATURAL, STRIDE, Change, UniversalConfig, _spread, universal_reach
+from backdoor_detection.universal import STRIDE, Change, UniversalConfig, _spread, universal_reach
 
 STD = torch.tensor([0.25, 0.5])
 LABELS = torch.tensor([0, 1, 2, 0, 3, 1])
@@ -32,11 +32,11 @@ EVERYWHERE = Change(0, 0, 0.1)
 THREE = (Change(0, 0, 0.05), Change(1, 0, 0.1), Change(3, 2, 0.3))
 
 
-def reach(network=None, pixels=None, labels=LABELS, classes=4, late=lambda: False, natural=None, **config):
+def reach(network=None, pixels=None, labels=LABELS, classes=4, late=lambda: False, **config):
     config = UniversalConfig(**{"steps": 4, "changes": (EVERYWHERE,), **config})
     images = ChangedImages(network or a_network(classes), some_pixels() if pixels is None else pixels, labels, STD,
                            classes, config.block)
-    return universal_reach(images, config, natural=natural, late=late)
+    return universal_reach(images, config, late=late)
 
 
 def by_loops(network, pixels, labels, classes, steps, change=EVERYWHERE):
@@ -164,26 +164,6 @@ def test_all_changes_begin_with_one_sweep():
     reach(lambda x: seen.append((x.view(4, 6, 2, 5, 5) - some_pixels()).abs().max().item()) or network(x),
           changes=THREE, steps=3)
     assert [added > 0 for added in seen] == [False] + [True] * 9
-
-
-def test_a_share_of_what_is_natural_is_taken_off():
-    natural = torch.tensor([0.0, 4.0, -4.0, 8.0])
-    plain, found = reach(steps=2), reach(steps=2, natural=natural)
-    torch.testing.assert_close(found.margins, plain.margins - NATURAL * natural)
-    assert torch.equal(found.stages, plain.stages)
-    calls = iter(range(100))  # one sweep, no step: nothing has climbed
-    cut = reach(natural=natural, late=lambda: next(calls) >= 1)
-    assert torch.equal(cut.margins, cut.stages[0]) and (cut.margins != 0).all()
-
-
-def test_screening_looks_beyond_what_is_natural():
-    labels = torch.arange(6)
-    plain = reach(labels=labels, classes=13, kept=5)
-    left_out = next(k for k in range(13) if k not in plain.kept)
-    natural = torch.zeros(13)
-    natural[left_out] = -1000.0
-    found = reach(labels=labels, classes=13, kept=5, natural=natural)
-    assert left_out in found.kept and found.margins.argmax() == left_out
 
 
 def test_half_of_the_images_decide():
