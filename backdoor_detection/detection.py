@@ -1,7 +1,8 @@
 """The shipped detector: from a model and a folder of clean images to a verdict, before a deadline.
 
-A few universal changes a class (`universal.py`), then the question whether the class that they bring furthest stands
-out from the others (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
+A few universal changes of the picture for each class (`universal.py`) and, in networks that can be cut, features pushed
+freely (`free_features.py`); then the question whether the class that gets furthest stands out from the others, with
+what both say taken together (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
 """
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from torch.nn.functional import avg_pool2d
 
 from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
-from backdoor_detection.outlier import deleted_residual_p_value
-from backdoor_detection.split_model import check_classes, frozen_copy, input_channels
+from backdoor_detection.free_features import SHARE, STEPS, free_margins
+from backdoor_detection.outlier import deleted_residual_p_value, fisher_p_value, outlier_p_value
+from backdoor_detection.split_model import SplitModel, can_be_split, check_classes, frozen_copy, input_channels
 from backdoor_detection.universal import Reach, UniversalConfig, screening_step, universal_reach
 from data.devices import chosen_device
 from data.errors import expect
@@ -46,7 +48,9 @@ class DetectorConfig:
 
 @dataclass(frozen=True)
 class Detection:
-    """p_value: that one class stands out, small = suspicious. margins: (K,) CPU. suspect: its class.
+    """p_value: that one class stands out, small = suspicious. margins: (K,) CPU, under changes of the picture. suspect:
+    the class that stands out most. p_values: of the changes and, where there was time and the network can be cut, of
+    free features.
 
     kept: classes that were followed to the end. How far the time reached: `images` of pixels `side`, `steps` of
     the `steps_asked`; seconds in all.
@@ -56,6 +60,7 @@ class Detection:
     p_value: float
     margins: Tensor
     suspect: int
+    p_values: tuple[float, ...] = ()
     kept: tuple[int, ...] = ()
     images: int = 0
     side: int = 0
@@ -66,20 +71,23 @@ class Detection:
 
 @dataclass(frozen=True)
 class Plan:
-    """Images, their shrinking (side divided by it), gradient steps of each change, classes to follow, changes."""
+    """Images, their shrinking (side divided by it), gradient steps of each change, classes to follow, changes, steps of
+    free features."""
 
     images: int
     shrink: int
     steps: int
     kept: int
     changes: int
+    free_steps: int
 
     def passes(self, num_classes: int) -> float:
         """Images through the network and back, in images of full size."""
         screened = num_classes / screening_step(self.images) if num_classes > self.kept else 0
         followed = min(self.kept, num_classes)
         sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes)
-        return self.images * sweeps / self.shrink ** 2
+        free = followed * self.free_steps * max(1, self.images // SHARE)
+        return (self.images * sweeps + free) / self.shrink ** 2
 
 
 def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable,
@@ -98,16 +106,20 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     device = next(model.parameters()).device
     seconds = _seconds_per_image(network, given, device, clock)
     left = start + config.deadline_s - clock()
-    plan = _fitting_plan(seconds, num_classes, left, given, config.reach)
+    plan = _fitting_plan(seconds, num_classes, left, given, config.reach, STEPS if can_be_split(model) else 0)
     reach = replace(config.reach, images=plan.images, steps=plan.steps, kept=plan.kept,
                     block=_timely_block(seconds, left, given, config.reach))
     pixels, labels = _chosen(network, given, plan, num_classes, device, generator=generator)
     images = ChangedImages(network, pixels, labels, given.std.to(device), num_classes, reach.block)
     late = _Deadline(start + config.deadline_s, device, clock)
     found = universal_reach(images, reach, late=late)
-    p_value, suspect = standing_out(found)
-    return Detection(p_value < config.alarm, p_value, found.margins, suspect, found.kept, len(images.pixels),
-                     images.pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
+    verdicts = [standing_out(found)]
+    if plan.free_steps:
+        margins = free_margins(SplitModel(model), pixels, found.kept, num_classes, block=reach.block, late=late)
+        verdicts += [] if margins is None else [standing_out_freely(margins.cpu(), found)]
+    p_value = fisher_p_value([p for p, _ in verdicts])
+    return Detection(p_value < config.alarm, p_value, found.margins, min(verdicts)[1], tuple(p for p, _ in verdicts),
+                     found.kept, len(pixels), pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
 
 
 def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable) -> Detection:
@@ -144,6 +156,15 @@ def standing_out(found: Reach) -> tuple[float, int]:
     if len(compared) < 3 or not margins[[*found.kept]].isfinite().all():
         return 1.0, furthest
     return deleted_residual_p_value(margins[compared], margins.numel()), furthest
+
+
+def standing_out_freely(margins: Tensor, found: Reach) -> tuple[float, int]:
+    """The same of (len(kept),) margins of free features, with the report's null; 1 where nothing can be compared."""
+    furthest = found.kept[int(margins.argmax())]
+    compared = sorted({furthest, *found.null})
+    if len(compared) < 3 or not margins.isfinite().all():
+        return 1.0, furthest
+    return outlier_p_value(margins[[found.kept.index(k) for k in compared]], found.margins.numel()), furthest
 
 
 def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,
@@ -185,13 +206,14 @@ def _pass_seconds(network: nn.Module, pixels: Tensor, device: torch.device, cloc
     return clock() - begin
 
 
-def _fitting_plan(seconds: float, num_classes: int, left: float, given: CleanImages, asked: UniversalConfig) -> Plan:
+def _fitting_plan(seconds: float, num_classes: int, left: float, given: CleanImages, asked: UniversalConfig,
+                  free_steps: int) -> Plan:
     """The most thorough plan that fits the time, else the quickest."""
     images = min(asked.images, len(given.pixels))
     side = min(given.pixels.shape[-2:])
     pair = min(2, images)  # of two labels, so that every class has images of another
     plans = [Plan(max(pair, images // fewer), shrink, max(1, asked.steps // fewer), max(5, asked.kept // fewer),
-                  len(asked.changes))
+                  len(asked.changes), free_steps)
              for shrink in (1, 2, 4) if shrink == 1 or side // shrink >= SMALLEST_SIDE for fewer in (1, 2, 4)]
     plans.sort(key=lambda plan: -plan.passes(num_classes))
     return next((plan for plan in plans if plan.passes(num_classes) * seconds <= PLANNED * left), plans[-1])

@@ -10,7 +10,7 @@ the relative stop multiplies instead of dividing by a loss that may be 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,7 +73,7 @@ def side_by_side(num_classes: int, per_class: int, block: int) -> list[list[int]
 
 
 def climb(forward: Callable[[Tensor], Tensor], free: Tensor, classes: Sequence[int], num_classes: int,
-          moves: Sequence[Move], tolerance: float) -> Tensor:
+          moves: Iterable[Move], tolerance: float) -> Tensor:
     """(len(classes),) largest margin of each class over its points, when they last went through `forward`.
 
     forward: points to (B, num_classes) logits. free: (len(classes) * n, C, H, W) first points, n for each class.

@@ -51,17 +51,29 @@ def combined_p_value(p_values: Sequence[float]) -> float:
     return 0.5 - math.atan(math.fsum(math.tan((0.5 - p) * math.pi) for p in inside) / len(inside)) / math.pi
 
 
-def outlier_p_value(margins: Tensor) -> float:
+def fisher_p_value(p_values: Sequence[float]) -> float:
+    """One p-value from several of the same question that do not depend on each other, in [0, 1].
+
+    Fisher's method (Statistical Methods for Research Workers, 1932): -2 sum log p has a chi-square distribution with
+    2n degrees of freedom, whose tail is a sum of n terms.
+    """
+    expect(len(p_values) > 0 and all(0 <= p <= 1 for p in p_values), "p_values", "some in [0, 1]", list(p_values))
+    half = -math.fsum(math.log(max(p, 1e-300)) for p in p_values)
+    return min(1.0, math.fsum(math.exp(i * math.log(half) - math.lgamma(i + 1) - half) if half > 0 else float(i == 0)
+                              for i in range(len(p_values))))
+
+
+def outlier_p_value(margins: Tensor, tried: int | None = None) -> float:
     """p of the largest of K >= 2 margins under the exponential null, in [0, 1]; small = one class stands out.
 
-    p = 1 - (1 - exp(-(max - location) / scale)) ** K, as if it were the largest of K draws.
+    p = 1 - (1 - exp(-(max - location) / scale)) ** tried, as if it were the largest of so many draws, K unless given.
     """
     largest, others = _largest_and_others(margins)
     location = others[0]
     scale = math.fsum(others) / len(others) - location
     if scale <= 0:
         return 1.0
-    return _p_of_largest(math.exp(-(largest - location) / scale), len(margins))
+    return _p_of_largest(math.exp(-(largest - location) / scale), tried or len(margins))
 
 
 def gamma_p_value(margins: Tensor) -> float:

@@ -26,10 +26,15 @@ class SplitModel:
                                    nn.Flatten(), net.linear)
 
 
+def can_be_split(model: nn.Module) -> bool:
+    """Whether `SplitModel` takes it."""
+    return all(hasattr(model, name) for name in PARTS) and not hasattr(model, "bn1")
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """The same function in evaluation mode, its weights without gradient; faster where it is a PreActResNet18."""
     net = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    if all(hasattr(net, name) for name in PARTS) and not hasattr(net, "bn1"):
+    if can_be_split(net):
         for block in net.modules():
             _fold_second_norm(block)
     return net

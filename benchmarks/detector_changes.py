@@ -1,8 +1,9 @@
-"""What each change of the detector adds: `python -m benchmarks.detector_changes ZOO...`.
+"""What each part of the detector adds: `python -m benchmarks.detector_changes ZOO...`.
 
-Every network climbs once under every change below, those that ship and those that do not; then the verdict is asked of
-the mean of all that ship, without each of them, of each alone, with more; and of each by itself (Cauchy combination),
-with the mean and without. One thread a network; what is done is kept under runs/, so a second call goes on.
+Every network climbs once under every change below, those that ship and those that do not, and its features are pushed
+freely; then the verdict is asked of what ships (the mean of some changes, and the features), of each of the two alone,
+of the changes without each of them, of each alone, with more, and of each by itself (Cauchy combination). One thread a
+network; what is done is kept under runs/, so a second call goes on.
 """
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ from sklearn.metrics import roc_auc_score
 from backdoor_detection import detection, universal
 from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import draw_balanced, read_clean_images
-from backdoor_detection.detection import DetectorConfig, standing_out
-from backdoor_detection.outlier import combined_p_value
-from backdoor_detection.split_model import frozen_copy
+from backdoor_detection.detection import DetectorConfig, standing_out, standing_out_freely
+from backdoor_detection.free_features import free_margins
+from backdoor_detection.outlier import combined_p_value, fisher_p_value
+from backdoor_detection.split_model import SplitModel, frozen_copy
 from backdoor_detection.universal import Change, Reach, UniversalConfig, universal_reach
 from benchmarks.options import RECORDS
 from data.errors import InputError
@@ -37,20 +39,23 @@ SEED = 0
 NAMES = ("every pixel", "every pixel, 0.05", "8 x 8 points", "4 x 4 points", "columns")
 SHIPPED = dict(zip(NAMES, UniversalConfig().changes, strict=True))
 OTHERS = {"rows": Change(0, 1, 0.1), "every pixel, 0.025": Change(0, 0, 0.025), "columns, 0.2": Change(1, 0, 0.2)}
-KEYS = frozenset({"stages", "kept", "null"})
+KEYS = frozenset({"stages", "kept", "null", "free"})
 
 
 def climbed(sample: ZooModel) -> dict:
-    """The stages of one network under all changes, as JSON values."""
+    """The stages of one network under all changes and p of its free features, as JSON values."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(SEED)
     given = read_clean_images(sample.images_folder, sample.transformation, size=None, channels=3, generator=generator)
     config = replace(UniversalConfig(), changes=(*SHIPPED.values(), *OTHERS.values()))
     places = draw_balanced(given.labels.tolist(), config.images, generator=generator)
-    images = ChangedImages(frozen_copy(load_model(sample)), given.pixels[places], given.labels[places], given.std,
-                           sample.num_classes, config.block)
+    model, pixels = load_model(sample), given.pixels[places]
+    images = ChangedImages(frozen_copy(model), pixels, given.labels[places], given.std, sample.num_classes,
+                           config.block)
     found = universal_reach(images, config)
-    return {"stages": found.stages.tolist(), "kept": list(found.kept), "null": list(found.null)}
+    free = free_margins(SplitModel(model), pixels, found.kept, sample.num_classes, block=config.block)
+    return {"stages": found.stages.tolist(), "kept": list(found.kept), "null": list(found.null),
+            "free": standing_out_freely(free, found)[0]}
 
 
 def unit(folder: Path, sample: ZooModel) -> dict:
@@ -76,13 +81,14 @@ def ways() -> dict:
     def judged(names: Sequence[str]):
         return lambda found: standing_out(part(found, names))[0]
 
-    shipped = judged([*SHIPPED])
-    table = {"shipped": shipped}
+    changes = judged([*SHIPPED])
+    table = {"shipped": lambda found: fisher_p_value([changes(found), found["free"]]), "changes alone": changes,
+             "free features alone": lambda found: found["free"]}
     table |= {f"without {left_out}": judged([name for name in SHIPPED if name != left_out]) for left_out in SHIPPED}
     table |= {f"{name} alone": judged([name]) for name in (*SHIPPED, *OTHERS)}
     table |= {f"with {name}": judged([*SHIPPED, name]) for name in OTHERS}
     return table | {"each by itself": by_itself,
-                    "mean and each by itself": lambda found: combined_p_value([shipped(found), by_itself(found)])}
+                    "mean and each by itself": lambda found: combined_p_value([changes(found), by_itself(found)])}
 
 
 def row(p_values: Sequence[float], truth: np.ndarray) -> dict:

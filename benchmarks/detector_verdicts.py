@@ -16,7 +16,8 @@ def ours(sample: ZooModel, device: torch.device, generator: torch.Generator) -> 
 
     found = detect(load_model(sample).to(device), sample.num_classes, sample.images_folder, sample.transformation,
                    DetectorConfig(), generator=generator)
-    return {"p": found.p_value, "suspect": found.suspect, "steps": found.steps, "steps_asked": found.steps_asked}
+    return {"p": found.p_value, "p_values": list(found.p_values), "suspect": found.suspect, "steps": found.steps,
+            "steps_asked": found.steps_asked}
 
 
 def report(sample: ZooModel, device: torch.device, generator: torch.Generator) -> dict:

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from backdoor_detection import detection
-from backdoor_detection.detection import TRIES, DetectorConfig, Plan, detect, standing_out
-from backdoor_detection.outlier import deleted_residual_p_value
+from backdoor_detection.detection import TRIES, DetectorConfig, Plan, detect, standing_out, standing_out_freely
+from backdoor_detection.outlier import deleted_residual_p_value, fisher_p_value, outlier_p_value
 from backdoor_detection.universal import Change, Reach, UniversalConfig
 from data.preact_resnet import new_model
 
@@ -80,6 +80,36 @@ def test_a_preact_resnet_with_a_strong_class_is_found(images):
     model.linear.bias.data[7] += 5
     found = judged(model, images, 10)
     assert found.backdoored and found.suspect == 7 and found.p_value < 0.001
+
+
+def test_free_features_add_their_say_where_a_network_can_be_cut(images):
+    model = a_model(10)
+    model.linear.bias.data[7] += 1
+    found = judged(model, images, 10)
+    assert len(found.p_values) == 2 and found.p_value == pytest.approx(fisher_p_value(found.p_values))
+    assert found.p_values[0] == deleted_residual_p_value(found.margins, 10)
+    plain = judged(Linear(10), images, 10)
+    assert len(plain.p_values) == 1 and plain.p_value == pytest.approx(plain.p_values[0])
+    cut = [judged(model, images, 10, clock=leap_after(calls)) for calls in range(15, 32)]
+    seen = [(f.steps, len(f.p_values)) for f in cut]
+    assert seen == sorted(seen) and {(5, 1), (5, 2)} < set(seen) and seen[0][0] < 5  # all or nothing of the features
+    assert all(f.p_value == pytest.approx(f.p_values[0]) for f in cut if len(f.p_values) == 1)
+
+
+def leap_after(calls):
+    """A clock that stands, and after some calls is beyond every deadline."""
+    asked = []
+    return lambda: 1000.0 + (DEADLINE * 2 if asked.append(None) or len(asked) > calls else 0.0)
+
+
+def test_free_features_are_judged_by_the_reports_null():
+    stages = torch.tensor([[1.0, 2, 3, 4, 9]])
+    found = Reach(stages, (0, 1, 2, 3), (0, 2, 3), 3, 3)  # class 4 was not followed
+    p_value, suspect = standing_out_freely(torch.tensor([0.0, 9.0, 1.0, 2.0]), found)
+    assert suspect == 1 and p_value == outlier_p_value(torch.tensor([9.0, 0.0, 1.0, 2.0]), 5)
+    assert standing_out_freely(torch.tensor([0.0, float("nan"), 1.0, 2.0]), found)[0] == 1.0
+    two = Reach(stages, (0, 1), (0, 1), 3, 3)
+    assert standing_out_freely(torch.tensor([0.0, 9.0]), two) == (1.0, 1)
 
 
 def test_two_classes_are_never_told_apart(images):
@@ -252,7 +282,7 @@ def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
 @pytest.mark.parametrize("classes", [4, 10, 43])
 def test_a_plan_counts_what_is_done(large_images, classes):
     found, clock = timed(large_images, 1e-5, classes=classes)
-    counted = Plan(6, 1, 8, 8, 1).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
+    counted = Plan(6, 1, 8, 8, 1, 0).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
     assert clock.now - 1000 - (TRIES + 6) * 4 * 1e-5 == pytest.approx(counted)  # timed before: one image, all six
     assert found.steps == 8
 

@@ -7,7 +7,13 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import expon
 
-from backdoor_detection.outlier import combined_p_value, deleted_residual_p_value, gamma_p_value, outlier_p_value
+from backdoor_detection.outlier import (
+    combined_p_value,
+    deleted_residual_p_value,
+    fisher_p_value,
+    gamma_p_value,
+    outlier_p_value,
+)
 
 
 def by_scipy(margins):
@@ -194,3 +200,23 @@ def test_combined_p_values_keep_their_rate_whether_independent_or_not():
 def test_combined_p_value_refuses_what_is_none(refuses, wrong):
     with refuses(r"p_values: expected some in \[0, 1\], found"):
         combined_p_value(wrong)
+
+
+@pytest.mark.parametrize("p_values", [[0.03], [0.2, 0.01], [1.0, 1.0], [1.0, 0.05], [0.5, 0.4, 1e-8], [1e-200, 0.9]])
+def test_fishers_method_agrees_with_scipy(p_values):
+    assert fisher_p_value(p_values) == pytest.approx(scipy.stats.combine_pvalues(p_values, "fisher").pvalue, rel=1e-9)
+
+
+def test_fishers_method_by_hand_and_at_its_ends(refuses):
+    # half the statistic is s = -log(0.01 * 0.2); the tail is exp(-s) (1 + s)
+    assert fisher_p_value([0.01, 0.2]) == pytest.approx(0.002 * (1 - math.log(0.002)))
+    assert 0 < fisher_p_value([0.0, 0.5]) < 1e-200
+    with refuses(r"p_values: expected some in \[0, 1\], found \[\]"):
+        fisher_p_value([])
+    with refuses(r"p_values: expected some in \[0, 1\], found \[1.5\]"):
+        fisher_p_value([1.5])
+
+
+def test_an_exponential_null_of_some_stands_for_all_that_were_tried():
+    margins = torch.tensor([5.0, 2.0, 1.0, 3.0])
+    assert outlier_p_value(margins, 40) == pytest.approx(1 - (1 - math.exp(-4)) ** 40)
