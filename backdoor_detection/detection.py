@@ -60,13 +60,13 @@ class Detection:
     p_value: float
     margins: Tensor
     suspect: int
-    p_values: tuple[float, ...] = ()
     kept: tuple[int, ...] = ()
     images: int = 0
     side: int = 0
     steps: int = 0
     steps_asked: int = 0
     seconds: float = 0.0
+    p_values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,9 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
         margins = free_margins(SplitModel(model), pixels, found.kept, num_classes, block=reach.block, late=late)
         verdicts += [] if margins is None else [standing_out_freely(margins.cpu(), found)]
     p_value = fisher_p_value([p for p, _ in verdicts])
-    return Detection(p_value < config.alarm, p_value, found.margins, min(verdicts)[1], tuple(p for p, _ in verdicts),
-                     found.kept, len(pixels), pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start)
+    return Detection(p_value < config.alarm, p_value, found.margins, min(verdicts)[1], found.kept, len(pixels),
+                     pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start,
+                     tuple(p for p, _ in verdicts))
 
 
 def judge(model: nn.Module, num_classes: int, images_folder: Path | str, transformation: Callable) -> Detection:
