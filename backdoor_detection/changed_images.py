@@ -27,16 +27,12 @@ class ChangedImages:
         return ChangedImages(self.network, self.pixels[places], self.labels[places], self.std, self.num_classes,
                              self.block)
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        """(B, K) of (B, C, H, W) normalised images."""
-        logits = self.network(pixels.contiguous(memory_format=torch.channels_last))
-        expect(logits.shape[1] == self.num_classes, "num_classes", f"{logits.shape[1]}, as the model puts out",
-               self.num_classes)
-        return logits
-
     def margins(self, classes: Tensor, added: Tensor) -> Tensor:
         """(k, N) each class's logit minus the largest other, of all images under the class's of (k, C, H, W) added."""
-        logits = self.logits((self.pixels + (added / self.std)[:, None]).flatten(0, 1))
+        shifted = (self.pixels + (added / self.std)[:, None]).flatten(0, 1)
+        logits = self.network(shifted.contiguous(memory_format=torch.channels_last))
+        expect(logits.shape[1] == self.num_classes, "num_classes", f"{logits.shape[1]}, as the model puts out",
+               self.num_classes)
         logits = logits.view(len(classes), len(self.pixels), -1)
         at = classes.view(-1, 1, 1).expand(-1, len(self.pixels), 1)
         return (logits.gather(2, at) - logits.scatter(2, at, -math.inf).amax(2, keepdim=True))[..., 0]

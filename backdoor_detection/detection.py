@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d
 
 from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
-from backdoor_detection.free_features import SHARE, STEPS, free_margins
+from backdoor_detection.free_features import STEPS, free_margins, pushed_images
 from backdoor_detection.outlier import deleted_residual_p_value, fisher_p_value, outlier_p_value
 from backdoor_detection.split_model import SplitModel, can_be_split, check_classes, frozen_copy, input_channels
 from backdoor_detection.universal import Reach, UniversalConfig, screening_step, universal_reach
@@ -86,7 +86,7 @@ class Plan:
         screened = num_classes / screening_step(self.images) if num_classes > self.kept else 0
         followed = min(self.kept, num_classes)
         sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes)
-        free = followed * self.free_steps * max(1, self.images // SHARE)
+        free = followed * self.free_steps * pushed_images(self.images)
         return (self.images * sweeps + free) / self.shrink ** 2
 
 
@@ -151,21 +151,22 @@ def standing_out(found: Reach) -> tuple[float, int]:
 
     1 where nothing can be compared: fewer than three classes, or margins that are not finite.
     """
-    margins = found.margins
-    furthest = max(found.kept, key=lambda k: float(margins[k]))
-    compared = sorted({furthest, *found.null})
-    if len(compared) < 3 or not margins[[*found.kept]].isfinite().all():
-        return 1.0, furthest
-    return deleted_residual_p_value(margins[compared], margins.numel()), furthest
+    return _furthest(found.margins[[*found.kept]], found, deleted_residual_p_value)
 
 
 def standing_out_freely(margins: Tensor, found: Reach) -> tuple[float, int]:
     """The same of (len(kept),) margins of free features, with the report's null; 1 where nothing can be compared."""
-    furthest = found.kept[int(margins.argmax())]
+    return _furthest(margins, found, outlier_p_value)
+
+
+def _furthest(margins: Tensor, found: Reach, p_value: Callable[[Tensor, int], float]) -> tuple[float, int]:
+    """p and class of the largest of (len(kept),) margins, beside those that stand for all."""
+    by_class = dict(zip(found.kept, margins, strict=True))
+    furthest = max(found.kept, key=lambda k: float(by_class[k]))
     compared = sorted({furthest, *found.null})
     if len(compared) < 3 or not margins.isfinite().all():
         return 1.0, furthest
-    return outlier_p_value(margins[[found.kept.index(k) for k in compared]], found.margins.numel()), furthest
+    return p_value(torch.stack([by_class[k] for k in compared]), found.margins.numel()), furthest
 
 
 def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from backdoor_detection.margins import Move, ReportConfig, climb, rates, side_by_side, sign_step
+from backdoor_detection.margins import Move, ReportConfig, climb, side_by_side, sign_steps
 from backdoor_detection.split_model import SplitModel
 
 SHARE = 3  # one image in so many is pushed
 STEPS = 8
 CONFIG = replace(ReportConfig(), steps=STEPS, warm_up=1, peak=1.2)
+
+
+def pushed_images(count: int) -> int:
+    """How many of `count` images are pushed: one in three, all where these are fewer."""
+    return count // SHARE or count
 
 
 def free_margins(split: SplitModel, pixels: Tensor, classes: Sequence[int], num_classes: int, *, block: int,
@@ -27,12 +31,11 @@ def free_margins(split: SplitModel, pixels: Tensor, classes: Sequence[int], num_
 
     pixels: (N, C, H, W) normalised. block: feature values through the network at once. late: asked between steps.
     """
-    moves = [partial(sign_step, rate=rate, decay=CONFIG.decay) for rate in rates(CONFIG)]
     with torch.no_grad():
-        features = split.stem(pixels[:len(pixels) // SHARE * SHARE:SHARE] if len(pixels) >= SHARE else pixels)
+        features = split.stem(pixels[::SHARE if len(pixels) >= SHARE else 1][:pushed_images(len(pixels))])
     found = []
     for group in side_by_side(len(classes), features.numel(), block):
-        steps = _InTime(moves, late)
+        steps = _InTime(sign_steps(CONFIG), late)
         found.append(climb(split.trunk, features.repeat(len(group), 1, 1, 1), [classes[i] for i in group],
                            num_classes, steps, 0.0))
         if steps.stopped:

@@ -60,9 +60,8 @@ def class_margins(trunk: nn.Module, features: Tensor, draws: Sequence[Tensor], c
     trunk: features to (B, K) logits, frozen. The margin of class t is z_t minus the largest other logit.
     """
     per_class = draws[0].numel() * features[0].numel()
-    moves = [partial(sign_step, rate=rate, decay=config.decay) for rate in rates(config)]
-    return torch.cat([climb(trunk, features[torch.cat([draws[k] for k in classes])], classes, len(draws), moves,
-                            config.tolerance)
+    return torch.cat([climb(trunk, features[torch.cat([draws[k] for k in classes])], classes, len(draws),
+                            sign_steps(config), config.tolerance)
                       for classes in side_by_side(len(draws), per_class, config.block)])
 
 
@@ -113,6 +112,11 @@ def _margins_and_gradient(forward: Callable[[Tensor], Tensor], free: Tensor, tar
     margins = own - other
     (gradient,) = torch.autograd.grad(-margins.sum(), free)
     return margins.detach(), gradient
+
+
+def sign_steps(config: ReportConfig) -> list[Move]:
+    """The config's moves, one a step."""
+    return [partial(sign_step, rate=rate, decay=config.decay) for rate in rates(config)]
 
 
 def sign_step(free: Tensor, gradient: Tensor, rate: float, decay: float) -> Tensor:

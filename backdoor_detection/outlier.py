@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.special import gammaincc, stdtr
 from torch import Tensor
 
 from data.errors import expect
@@ -55,12 +55,11 @@ def fisher_p_value(p_values: Sequence[float]) -> float:
     """One p-value from several of the same question that do not depend on each other, in [0, 1].
 
     Fisher's method (Statistical Methods for Research Workers, 1932): -2 sum log p has a chi-square distribution with
-    2n degrees of freedom, whose tail is a sum of n terms.
+    2n degrees of freedom.
     """
     expect(len(p_values) > 0 and all(0 <= p <= 1 for p in p_values), "p_values", "some in [0, 1]", list(p_values))
     half = -math.fsum(math.log(max(p, 1e-300)) for p in p_values)
-    return min(1.0, math.fsum(math.exp(i * math.log(half) - math.lgamma(i + 1) - half) if half > 0 else float(i == 0)
-                              for i in range(len(p_values))))
+    return float(gammaincc(len(p_values), half))
 
 
 def outlier_p_value(margins: Tensor, tried: int | None = None) -> float:
