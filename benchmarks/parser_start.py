@@ -17,8 +17,8 @@ from retrieval.parser import load_parser
 from retrieval.train_parser import ParserTrainingConfig, train
 from submit.records import environment
 
-STEPS = 2500  # of the first stage of the embedded weights
-WIDE = 1536  # feed-forward neurons of the pretrained encoder: none is left out
+STEPS = 2500
+WIDE = 1536  # feed-forward neurons of the pretrained encoder: none is left out, so there is one stage
 CACHE = Path(".cache") / "benchmarks"
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--start", type=Path, required=True, help="folder or wheel of a pretrained encoder")
     start = options.parse_args().start
-    kinds = {"pretrained": (start, ParserTrainingConfig(steps=STEPS, neurons=WIDE)),
+    kinds = {"pretrained": (start, ParserTrainingConfig(steps=STEPS // 2, steps_narrow=STEPS // 2, neurons=WIDE)),
              "from scratch": (None, ParserTrainingConfig(steps=STEPS))}
     record = {"command": f"python -m benchmarks.parser_start --start {start.name}", "steps": STEPS, "n": N}
     for kind, (source, config) in kinds.items():

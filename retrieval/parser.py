@@ -31,7 +31,7 @@ _CPU_BATCH = 32  # texts a forward pass and thread: what it needs in between sta
 _GPU_BATCH = 256  # texts a forward pass elsewhere; at 30 tokens well under 100 MB for the embedded size
 _LONGEST_WORD = 100  # characters read of a word: splitting it takes time that grows with their square
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")  # letters and digits, or one mark
-_COMPOUND = re.compile(r"(?<![^\W_])[^\W_]+(?:[-'][^\W_]+)+")  # tried once a word: else long ones take for ever
+_COMPOUND = re.compile(r"(?<![^\W_])[^\W_]+(?:(?:'-?|-)[^\W_]+)+")  # tried once a word: else long ones take for ever
 # One character for one, so that offsets hold: apostrophes, quotes, dashes and the ellipsis as a keyboard has them.
 _PLAIN = str.maketrans("‘’‚‛ʼ`´′“”„‟«»″‐‑‒–—―−…", "''''''''\"\"\"\"\"\"\"-------.")
 _DETERMINERS = frozenset(("a", "an", "the", "my", "your", "our", "his", "her", "their", "its", "some", "any", "this",

