@@ -23,10 +23,10 @@ _PER_FRAME = 250  # a frame with more fillings than this gives a fixed sample of
 _NO_GERUND = ("let's", "don't", "do not", "also ", "never ", "no longer ", "kindly ", "just ", "go get ", "go fetch ",
               "go find ")
 _DOUBLES = {  # longer verbs that double their last letter; short ones follow a rule
-    "admit", "allot", "begin", "corral", "debug", "dispel", "embed", "enrol", "equip", "expel", "forbid",
-    "forget", "inset", "instil", "inter", "offset", "omit", "outfit", "permit", "photoshop", "prefer", "readmit",
-    "recrop", "repel", "rerun", "reset", "sidestep", "thanos-snap", "transfer", "uncrop", "underpin", "unpin",
-    "unplug", "unset", "unwrap", "unzip"}
+    "admit", "allot", "begin", "commit", "corral", "debug", "derez", "dispel", "embed", "enrol", "equip", "expel",
+    "forbid", "forget", "input", "inset", "instil", "inter", "offset", "omit", "outfit", "permit", "photoshop",
+    "prefer", "readmit", "recrop", "repel", "rerun", "reset", "sidestep", "thanos-snap", "transfer", "typeset",
+    "uncrop", "underpin", "unpin", "unplug", "unset", "unwrap", "unzip"}
 _IRREGULAR = {"be": "being", "die": "dying", "lie": "lying", "tie": "tying", "untie": "untying", "magic": "magicking",
               "mimic": "mimicking", "panic": "panicking"}
 

@@ -34,7 +34,7 @@ _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 
                " along with ": 2, " and also ": 2, " together with ": 1, " / ": 1}  # before the last one -> weight
 _LINKED = ("{} with {}", "{} with a {}", "{} of {}", "{} for {}", "{} in a {}", "{} on the {}", "{} and {} set",
            "{} ({})", "{}-{}", "{}-{} {}")  # names made of several
-_PAIRS_KEPT = 0.2  # of names with "and" where words are made up, to learn from: lists of names hold many, requests few
+_PAIRS_KEPT = 0.3  # of names with "and" where words are made up, to learn from: lists of names hold many, requests few
 _DETERMINED = re.compile(r"\b(?:the|a|an|my|that|this|no|more) $")
 _PAIR = re.compile(r" (?:and|&) ")
 _VOWEL = re.compile(r"[aeiou]|8|11|18", re.IGNORECASE)
