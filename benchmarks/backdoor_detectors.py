@@ -1,50 +1,61 @@
 """Four detectors on the networks of one zoo or several, side by side: `python -m benchmarks.backdoor_detectors ZOO...`.
 
-Every model is judged by every detector once, one thread each on a CPU; what is done is kept under runs/, so a second
-call goes on. The record: the tables of `benchmarks.detector_tables`, and each model.
+Every model is judged by every detector once, one thread each on a CPU; what is done is kept under runs/, named by the
+detectors' code and the network's files, so a second call goes on and a changed detector judges anew. The record: the
+tables of `benchmarks.detector_tables`, and each model.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from backdoor_detection import detection, mmbd, report, trodo
 from benchmarks.detector_tables import lines, tables
 from benchmarks.detector_verdicts import DETECTORS, asked_detectors, verdict
 from benchmarks.options import RECORDS, add_device, device_of
 from data.errors import InputError, expect
-from data.files import write_json
-from data.model_zoo import ZooModel, read_zoo
+from data.files import fingerprint, write_json
+from data.images import list_images
+from data.model_zoo import METADATA, MODEL, ZooModel, read_zoo
+from submit.kept_units import code_of_modules, kept_unit
 from submit.records import environment
 
+KEYS = frozenset({"seconds"})  # of every verdict
 
-def judged(sample: ZooModel, detector: str, file: Path, device: torch.device) -> None:
+
+def judged(sample: ZooModel, detector: str, file: Path, device: torch.device) -> dict:
     """One verdict, kept in `file`."""
     torch.set_num_threads(1)
-    write_json(file, verdict(sample, detector, device))
+    return kept_unit(file, KEYS, partial(verdict, sample, detector, device))
 
 
-def verdict_file(sample: ZooModel, detector: str, device: torch.device) -> Path:
-    """Where the verdict is kept: by zoo, and apart for a GPU."""
-    zoo = sample.folder.parent.name + ("" if device.type == "cpu" else "_gpu")
-    return Path("runs") / "backdoor_detectors" / zoo / detector / f"{sample.name}.json"
+def verdict_file(sample: ZooModel, detector: str, code: str, device: torch.device) -> Path:
+    """Where the verdict is kept."""
+    name = fingerprint(sample.folder / MODEL, sample.folder / METADATA, *list_images(sample.images_folder), code,
+                       device.type)
+    return Path("runs") / "backdoor_detectors" / detector / f"{sample.name}-{name}.json"
 
 
-def judge_all(models: list[ZooModel], detectors: list[str], workers: int, device: torch.device) -> None:
-    """Every verdict that is not kept yet, the quick detectors first."""
+def judge_all(models: list[ZooModel], detectors: list[str], workers: int, device: torch.device
+              ) -> dict[str, list[dict]]:
+    """By detector a verdict for each model; the quick detectors first."""
+    code = code_of_modules(detection, mmbd, report, trodo, packages=("backdoor_detection", "data"))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        futures = {pool.submit(judged, sample, detector, file, device): file
-                   for detector in detectors for sample in models
-                   if not (file := verdict_file(sample, detector, device)).exists()}
-        for done, future in enumerate(as_completed(futures)):
+        futures = {detector: [pool.submit(judged, m, detector, verdict_file(m, detector, code, device), device)
+                              for m in models] for detector in detectors}
+        every = [future for row in futures.values() for future in row]
+        for done, future in enumerate(as_completed(every)):
             future.result()
-            print(f"{done + 1}/{len(futures)} {futures[future]}", flush=True)
+            print(f"{done + 1}/{len(every)}", end="\r", file=sys.stderr, flush=True)
+        return {detector: [future.result() for future in row] for detector, row in futures.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,10 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                   if m.num_classes <= options.max_classes]
     except InputError as error:
         parser.error(str(error))
-    judge_all(models, detectors, options.workers, device)
+    verdicts = judge_all(models, detectors, options.workers, device)
     rows = [{"model": m.name, "zoo": m.folder.parent.name, "set": m.record["set"], "attack": m.record["attack"],
              "target": m.record["target"], "radius": m.record.get("radius", 0.0)} for m in models]
-    found = tables(rows, {d: [json.loads(verdict_file(m, d, device).read_text()) for m in models] for d in detectors})
+    found = tables(rows, verdicts)
     command = f"python -m benchmarks.backdoor_detectors {' '.join(names)} --detectors {','.join(detectors)}"
     name = "_".join(names) + ("" if device.type == "cpu" else "_gpu")
     write_json(options.out or RECORDS / f"backdoor_detectors_{name}.json",

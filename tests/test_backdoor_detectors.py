@@ -29,11 +29,15 @@ def test_networks_of_several_zoos_make_one_table_and_are_judged_once(zoos, monke
     assert [(m["zoo"], m["model"]) for m in record["models"]] == [(zoo, n) for zoo, names in SAMPLES.items()
                                                                   for n in names]
     assert record["models"][1]["ours"]["p"] == record["models"][2]["ours"]["p"]
-    kept = zoos / "runs" / "backdoor_detectors" / "two" / "ours" / "digits-clean-0.json"
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "p": 0.5}))
+    kept = sorted((zoos / "runs" / "backdoor_detectors" / "ours").iterdir())
+    assert [file.name[:-22] for file in kept] == ["digits-badnets-0.1-0", "digits-clean-0"]  # the same one in both zoos
+    kept[1].write_text(json.dumps({**json.loads(kept[1].read_text()), "p": 0.5}))
     main(["one", "two", "--detectors", "ours", "--workers", "1", "--out", "again.json"])
     assert json.loads((zoos / "again.json").read_text())["models"][2]["ours"]["p"] == 0.5
     assert capsys.readouterr().out.splitlines()[-1].startswith("ours")
+    monkeypatch.setattr(backdoor_detectors, "code_of_modules", lambda *modules, packages: "another detector's")
+    main(["two", "--detectors", "ours", "--workers", "1", "--out", "third.json"])
+    assert json.loads((zoos / "third.json").read_text())["models"][0]["ours"]["p"] == record["models"][1]["ours"]["p"]
 
 
 def test_wrong_input_is_named(zoos, capsys):
