@@ -48,10 +48,11 @@ def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, 
                    masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Image scores (N,) and maps (N, 1, 224, 224) in [0, 1] over the category, in the order of the paths.
 
-    N >= 2, or >= 1 with other judges. reference: files of known good images; they judge and are not scored.
-    earlier: what `category_features` gave for an earlier batch, likewise. masks: (N, H, W) bool of any size,
-    True = background, in place of the config's. Errors: too few images; a file that is no image, features that are
-    not finite (named).
+    N >= 2, or >= 1 with other judges; then image scores are not stretched, but mean distances of features, from 0 to 2.
+    Maps always are, so those of one image say where in it and not how much. reference: files of known good images; they
+    judge and are not scored. earlier: what `category_features` gave for an earlier batch, likewise. masks: (N, H, W)
+    bool of any size, True = background, in place of the config's. Errors: too few images; a file that is no image,
+    features that are not finite (named); other judges for a config that leaves out repeated defects.
     """
     paths = list(paths)
     least = 1 if reference or earlier else 2
@@ -68,15 +69,15 @@ def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, 
         del features
     joined = [PatchScores.joined(parts, groups) for parts in zip(*found, strict=True)]
     if masks is not None:
-        return category_scores(joined[0], joined[-1], replace(config, foreground="on"),
-                               fitted_masks(masks, len(paths), (SIDE, SIDE)))
-    hidden = None if config.foreground == "off" else backgrounds(paths)
-    return category_scores(joined[0], joined[-1], config, hidden)
+        config, hidden = replace(config, foreground="on"), fitted_masks(masks, len(paths), (SIDE, SIDE))
+    else:
+        hidden = None if config.foreground == "off" else backgrounds(paths)
+    return category_scores(joined[0], joined[-1], config, hidden, alone=least == 2)
 
 
 def category_features(paths: Sequence[Path | str], nets: Nets, config: MuscConfig) -> tuple[Features, ...]:
     """Patch features of the images for each net, of all tiles; each file is read once."""
-    kept = torch.float16 if next(nets.for_maps.parameters()).is_cuda else torch.float32
+    kept = _kept_dtype(nets)
     if config.tiles == 1:
         found = extract_all(nets.each, paths, read=_read, dtype=kept)
     else:
@@ -113,7 +114,7 @@ def tiles_of(net: Backbone, config: MuscConfig) -> Tiles:
 def _groups(count: int, nets: Nets, config: MuscConfig, least: int) -> list[Tensor]:
     """Positions of the images of each group, ascending; as few groups as the memory takes unless the config says."""
     device = next(nets.for_maps.parameters()).device
-    needed = sum(_bytes_an_image(net, config) for net in nets.each)
+    needed = _bytes_an_image(nets, config)
     fitting = int(FREE_SHARE * free_bytes(device) / needed)
     number = config.subsets or math.ceil(count / max(fitting, 1))
     if number == 1 or count < 2 * least:
@@ -133,12 +134,20 @@ def random_groups(count: int, number: int) -> list[Tensor]:
     return [group.sort().values for group in order.tensor_split(number)]
 
 
-def _bytes_an_image(net: Backbone, config: MuscConfig) -> int:
-    """Of its pixels, of all its features, and of the copies of one layer while it is compared."""
-    layout = tiles_of(net, config)
-    patches = layout.side ** 2 * layout.grid[0] * layout.grid[1]
-    layers = len(net.config.layers) + COPIES
-    return 3 * layout.canvas[0] * layout.canvas[1] + 4 * layers * patches * net.net.num_features
+def _bytes_an_image(nets: Nets, config: MuscConfig) -> int:
+    """Of its pixels and all its features for each net, and of the copies of a layer while it is compared: one net at a
+    time."""
+    kept, compared = 0, []
+    for net in nets.each:
+        layout = tiles_of(net, config)
+        values = layout.side ** 2 * layout.grid[0] * layout.grid[1] * net.net.num_features  # of a layer
+        kept += 3 * layout.canvas[0] * layout.canvas[1] + _kept_dtype(nets).itemsize * len(net.config.layers) * values
+        compared.append(COPIES * torch.float32.itemsize * values)
+    return kept + max(compared)
+
+
+def _kept_dtype(nets: Nets) -> torch.dtype:
+    return torch.float16 if next(nets.for_maps.parameters()).is_cuda else torch.float32
 
 
 def backgrounds(paths: Sequence[Path | str]) -> Tensor:

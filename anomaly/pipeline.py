@@ -24,7 +24,7 @@ from anomaly.lnamd import neighbourhood_features
 from anomaly.mutual_scoring import PRECISIONS, Window, mutual_scores, nearest_distances, nearest_mean
 from anomaly.rscin import smoothed_scores
 from anomaly.rscon import salient_features
-from anomaly.snamd import similarity_weighted_features
+from anomaly.snamd import neighbour_distance, similarity_weighted_features
 from anomaly.tiles import Tiles
 from data.anomaly_tree import SIDE
 from data.errors import expect
@@ -41,7 +41,7 @@ class MuscConfig:
     aggregation: str = "lnamd"  # of a neighbourhood: box filter (MuSc), or "snamd": weighted by likeness (MuSc-V2)
     keep: float = 0.3  # share of the other images that count, the nearest first; the paper's
     radius: int | None = None  # patches are compared within so many rows and columns only (aligned objects); None = all
-    consistent: bool = False  # leave out images that share a repeated defect (CoDeGraph)
+    consistent: bool = False  # leave out images that share a repeated defect (CoDeGraph); not with other judges
     precision: str = "auto"  # of the comparison: "float32", "half" (float32 sums), or half where it is faster
     subsets: int = 0  # random groups of images that score each other; 0 = as few as the memory takes
     tiles: int = 1  # images are cut into tiles x tiles inputs of the net, which overlap
@@ -97,13 +97,17 @@ def feature_scores(features: Features, config: MuscConfig, *, tiles: Tiles | Non
 
     features: of N images, or of N * T tiles of N images in the order of `Tiles.cut`.
     """
-    tiles = tiles or Tiles(1, features.grid, (1, 1))
+    tiles, judges = tiles or Tiles(1, features.grid, (1, 1)), judges or Judges()
+    expect(not (config.consistent and (judges.reference or judges.earlier)), "MuscConfig.consistent",
+           "False where reference or earlier images judge too", True)
     total, passes = 0.0, 0
     for layer in range(len(features.layers)):
         own = features.layers[layer]
-        reference, earlier = (judges or Judges()).of(layer)
+        reference, earlier = judges.of(layer)
+        tau = _distance_unit(own, features.grid) if config.aggregation == "snamd" else None
         for degrees in ((config.degrees,) if config.aggregation == "snamd" else ((d,) for d in config.degrees)):
-            patches, *others = (None if x is None else _of_images(aggregated(x, features.grid, degrees, config), tiles)
+            patches, *others = (None if x is None else
+                                _of_images(aggregated(x, features.grid, degrees, config, tau=tau), tiles)
                                 for x in (own, reference, earlier))
             total = total + _scores(patches, *others, config, tiles).double()
             passes += 1
@@ -113,13 +117,22 @@ def feature_scores(features: Features, config: MuscConfig, *, tiles: Tiles | Non
     return PatchScores(whole, tiles.whole, tiles.canvas, alike)
 
 
-def aggregated(layer: Tensor, grid: tuple[int, int], degrees: Sequence[int], config: MuscConfig) -> Tensor:
-    """(N, L, D) float32 features of neighbourhoods, of unit length, of one layer; SNAMD joins the degrees itself."""
+def aggregated(layer: Tensor, grid: tuple[int, int], degrees: Sequence[int], config: MuscConfig, *,
+               tau: float | None = None) -> Tensor:
+    """(N, L, D) float32 features of neighbourhoods, of unit length, of one layer; SNAMD joins the degrees itself.
+
+    tau: the distance that SNAMD weighs by, the same for all that are compared; None = of this layer.
+    """
     layer = layer.float()  # GPUs keep features in 16 bits, in which sums over an image would lose digits
     if config.aggregation == "snamd":
-        return similarity_weighted_features(layer, grid, degrees)
+        return similarity_weighted_features(layer, grid, degrees, tau=tau)
     (degree,) = degrees
     return neighbourhood_features(layer, grid, degree)
+
+
+def _distance_unit(layer: Tensor, grid: tuple[int, int]) -> float:
+    """What SNAMD measures distances in: the median of the images that are scored, never 0."""
+    return max(neighbour_distance(layer.float(), grid), torch.finfo(torch.float32).tiny)
 
 
 def _of_images(patches: Tensor, tiles: Tiles) -> Tensor:
@@ -140,7 +153,7 @@ def _scores(patches: Tensor, reference: Tensor | None, earlier: Tensor | None, c
 
 def _pool_scores(patches: Tensor, reference: Tensor | None, earlier: Tensor | None, config: MuscConfig,
                  window: Window | None) -> Tensor:
-    if not config.consistent or len(patches) < 3 or reference is not None or earlier is not None:
+    if not config.consistent or len(patches) < 3:
         return mutual_scores(patches, config.keep, reference=reference, earlier=earlier, window=window,
                              precision=config.precision)
     distances = nearest_distances(patches, window=window, precision=config.precision)
@@ -161,11 +174,12 @@ def _alike(features: Features, scores: Tensor, config: MuscConfig, tiles: Tiles)
 
 
 def category_scores(for_maps: PatchScores, for_images: PatchScores, config: MuscConfig,
-                    hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                    hidden: Tensor | None = None, *, alone: bool = True) -> tuple[Tensor, Tensor]:
     """Image scores (N,) and maps (N, 1, 224, 224), both in [0, 1] over the category.
 
     The two inputs may come from two nets, or be the same. hidden: (N, 224, 224) bool, True where pixels are
-    background and get the lowest score; with foreground = "rule" only where that is likely to help.
+    background and get the lowest score; with foreground = "rule" only where that is likely to help. alone: the images
+    had no other judges; else image scores stay the distances they are, which one call shares with the next.
     """
     images = IMAGE_RULES[config.image_score](for_images)
     if for_images.alike is not None:
@@ -175,8 +189,9 @@ def category_scores(for_maps: PatchScores, for_images: PatchScores, config: Musc
         maps = _standard(maps).add_(_standard(score_maps(for_images.scores, for_images.grid, SIDE)))
     if hidden is not None and (config.foreground != "rule" or hides_background(hidden, maps.to(hidden.device))):
         hide_background(maps, hidden.to(maps.device))
-    maps = calibrated(maps, in_place=True) if config.calibrated else unit_range(maps)
-    return unit_range(images), maps
+    constant = bool(maps.min() == maps.max())  # which would end the organizers' evaluation
+    maps = calibrated(maps, in_place=True) if config.calibrated or constant else unit_range(maps)
+    return unit_range(images) if alone else images, maps
 
 
 IMAGE_RULES = {"two_highest": lambda found: two_highest(found.scores),

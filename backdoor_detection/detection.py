@@ -31,6 +31,7 @@ BLOCK_SHARE = 0.1   # of the time left that one block may take, by the timed pas
 TOGETHER, QUICK = 16, 0.5  # images timed at once, where one by one they would take fewer seconds than that
 TRIES = 5           # passes of one image that are timed, two if they take longer than that together
 SMALLEST_SIDE = 32  # pixels below which images are not shrunk to save time
+FREELY = 8          # classes from which free features are judged: with fewer their null alarms too often by itself
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class DetectorConfig:
 @dataclass(frozen=True)
 class Detection:
     """p_value: that one class stands out, small = suspicious. margins: (K,) CPU, under changes of the picture. suspect:
-    the class that stands out most. p_values: of the changes and, where there was time and the network can be cut, of
-    free features.
+    the class that stands out most. p_values: of the changes and, where there was time, the network can be cut and has
+    eight classes, of free features.
 
     kept: classes that were followed to the end. How far the time reached: `images` of pixels `side`, `steps` of
     the `steps_asked`; seconds in all.
@@ -106,7 +107,8 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     device = next(model.parameters()).device
     seconds = _seconds_per_image(network, given, device, clock)
     left = start + config.deadline_s - clock()
-    plan = _fitting_plan(seconds, num_classes, left, given, config.reach, STEPS if can_be_split(model) else 0)
+    free_steps = STEPS if num_classes >= FREELY and can_be_split(model) else 0
+    plan = _fitting_plan(seconds, num_classes, left, given, config.reach, free_steps)
     reach = replace(config.reach, images=plan.images, steps=plan.steps, kept=plan.kept,
                     block=_timely_block(seconds, left, given, config.reach))
     pixels, labels = _chosen(network, given, plan, num_classes, device, generator=generator)

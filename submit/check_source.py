@@ -127,7 +127,8 @@ def _requirement_lines(package: Submission) -> Iterator[tuple[int, str, Requirem
 
 
 def requirements(package: Submission) -> tuple[str, Iterator[Broken]]:
-    """Each is a known library, pinned, and the judge's version where the judge has it."""
+    """Each is a known library, pinned, and the judge's version where the judge has it; what the organizers' evaluation
+    imports in the same place is among them."""
     lines = list(_requirement_lines(package))
     unknown = [r.name for _, _, r in lines if r and not _known(package, r.name) and not _meant(package, r.name)]
 
@@ -137,6 +138,10 @@ def requirements(package: Submission) -> tuple[str, Iterator[Broken]]:
             problem, mend = _requirement_problem(package, text, requirement, seen)
             if problem:
                 yield Broken(f"requirements.txt:{number}", problem, mend)
+        for name in package.rules.package.evaluation:
+            if canonicalize_name(name) not in {canonicalize_name(asked) for asked in _asked(package)}:
+                yield Broken("requirements.txt", f"no {name}, which the organizers' evaluation imports",
+                             f"add {name}=={package.rules.requirements.get(name, 'VERSION')}")
 
     note = f"; not known offline, --resolve asks pip: {', '.join(unknown)}" if unknown else ""
     return f"{len(lines)} pinned{note}", breaches()

@@ -44,6 +44,7 @@ class PackageRules:
     unneeded: tuple[str, ...] = ()            # what has no use on the judge
     file_access: bool = True                  # whether the code may read files other than those it is given
     hidden: tuple[str, ...] = ()              # parts of a path that must not be read: the truth
+    evaluation: tuple[str, ...] = ()          # distributions that the organizers' evaluation imports beside our code
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def anomaly_metrics(image_truth: np.ndarray, image_scores: np.ndarray,
     """The seven metrics of one category and their weighted mean `leaderboard_score`, all in [0, 1].
 
     image_truth, image_scores: (N,); pixel_truth, pixel_scores: (N, H, W) or (N, 1, H, W); truth 1 = defect,
-    a higher score is more anomalous. A metric without a value counts as 0, as in the contest.
+    a higher score is more anomalous. A metric without a value counts as 0, as in the contest; AUPRO of constant maps
+    too, where the contest's own code ends with an error.
     """
     measured = measured_metrics(image_truth, image_scores, pixel_truth, pixel_scores)
     values = {name: value or 0.0 for name, value in measured.items()}

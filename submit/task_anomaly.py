@@ -47,6 +47,9 @@ def evaluate(split: Split, folder: Path, seed: int) -> Result:
             continue
         parts.append(part)
         draws.append(resampled)
+        if "pixel_aupro" in part["undefined"] and "pixel_auroc" not in part["undefined"]:
+            problems.append(InputError(f"{root / category.name} maps: expected scores that differ where normal pixels "
+                                       "do, as the organizers' evaluation else ends here, found none"))
     expect(parts, root, "scores of at least one category", problems[0] if problems else "none")
     return _combine(parts, draws, tuple(problems))
 
@@ -76,7 +79,7 @@ def _combine(parts: list[dict], draws: list[dict], problems: tuple[InputError, .
     full = [i for i, part in enumerate(parts) if not part["images_only"]] or range(len(parts))
     value = float(np.mean([parts[i]["leaderboard_score"] for i in full]))
     spread = np.mean(np.broadcast_arrays(*(draws[i]["leaderboard_score"] for i in full)), axis=0)
-    notes = [f"{p['category']}: undefined, counted as 0 as in the contest: {', '.join(p['undefined'])}"
+    notes = [f"{p['category']}: undefined, counted as 0: {', '.join(p['undefined'])}"
              for p in parts if p["undefined"]]
     alone = [p["category"] for p in parts if p["images_only"]]
     if alone:

@@ -11,6 +11,7 @@ from anomaly.image_score import highest_of_map, two_highest
 from anomaly.lnamd import neighbourhood_features
 from anomaly.mutual_scoring import Window, mutual_scores
 from anomaly.pipeline import Judges, MuscConfig, PatchScores, category_scores, feature_scores, unit_range
+from anomaly.presets import PRESETS
 from anomaly.snamd import similarity_weighted_features
 from anomaly.tiles import Tiles
 
@@ -82,7 +83,18 @@ def test_images_alike_by_their_worst_patch():
     assert feature_scores(some_features(classes=False), EXACT).alike is None
 
 
-def test_repeated_defects_are_left_out_where_asked(monkeypatch):
+def test_images_of_other_judges_are_weighed_alike():
+    """SNAMD measures distances in those of the scored images: a twin among the judges has the same features."""
+    own, wide = some_features(1), some_features(3, seed=1)
+    layers = [torch.cat([mine, 5 * other]) for mine, other in zip(own.layers, wide.layers, strict=True)]
+    good = Features(tuple(layers), GRID, None)
+    config = replace(EXACT, aggregation="snamd", degrees=(1, 3), smoothing="none")
+    assert feature_scores(own, config, judges=Judges(good)).scores.max() < 1e-5
+    flat = Features(tuple(torch.ones_like(layer) for layer in some_features().layers), GRID, None)
+    assert (feature_scores(flat, config).scores == 0).all()
+
+
+def test_repeated_defects_are_left_out_where_asked(monkeypatch, refuses):
     features, seen = some_features(), []
 
     def all_of_image_two(distances, keep):
@@ -102,13 +114,30 @@ def test_repeated_defects_are_left_out_where_asked(monkeypatch):
         torch.testing.assert_close(found.scores[i], torch.stack(expected).mean(0))
     assert seen == [(6, 6, 12)] * 2
     feature_scores(features, EXACT)
-    feature_scores(features, replace(EXACT, consistent=True), judges=Judges(some_features(2, seed=1)))
     assert len(seen) == 2
+    with refuses("MuscConfig.consistent: expected False where reference or earlier images judge too, found True"):
+        feature_scores(features, replace(EXACT, consistent=True), judges=Judges(some_features(2, seed=1)))
 
 
 def given(n=6, seed=0, grid=GRID, alike=None):
     generator = torch.Generator().manual_seed(seed)
     return PatchScores(torch.rand(n, grid[0] * grid[1], generator=generator), grid, (21, 28), alike)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_gives_constant_maps(name):
+    """They would end the organizers' evaluation."""
+    zero = PatchScores(torch.zeros(4, 12), GRID, (21, 28), None)
+    images, maps = category_scores(zero, zero, PRESETS[name].scoring)
+    assert (images == 0).all() and len(maps.unique()) > 100
+    assert all(torch.equal(maps[0], other) for other in maps)
+
+
+def test_image_scores_beside_other_judges_stay_as_they_are():
+    found = given()
+    images, maps = category_scores(found, found, MuscConfig(), alone=False)
+    torch.testing.assert_close(images, two_highest(found.scores))
+    assert torch.equal(maps, category_scores(found, found, MuscConfig())[1])
 
 
 def test_image_scores_follow_the_rule_and_are_smoothed():

@@ -27,7 +27,8 @@ SMALLEST = {
         "requirements.txt": "torch==2.4.0\nnumpy==1.26.4\n", "weights.pth": b""},
     "anomaly": {
         "run.sh": "#!/bin/sh\npython3 src/go.py\n", "src/go.py": "import numpy\n", "runner.py": "import subprocess\n",
-        "requirements.txt": "numpy==1.26.4\n", "apt_requirements.txt": "",
+        "requirements.txt": "numpy==1.26.4\nscikit-learn==1.7.2\nscikit-image==0.25.2\ntqdm==4.67.1\n",
+        "apt_requirements.txt": "",
         "Dockerfile": "FROM pytorch/pytorch:2.4.1-cuda12.4-cudnn9-runtime\n"},
 }
 
@@ -108,6 +109,8 @@ def in_main(*lines):
     ("backdoor", in_main("import scipy"), "modules", "main.py:5", "in neither the package nor requirements.txt"),
     ("backdoor", in_main("import tomllib"), "modules", "main.py:5", "tomllib, not in Python 3.10.11"),
     ("backdoor", {"random.py": "", "main.py": "import random\n" + MAIN}, "names", "random.py", "like random"),
+    ("anomaly", {"requirements.txt": "numpy==1.26.4\nscikit-learn==1.7.2\ntqdm==4.67.1\n"}, "requirements",
+     "requirements.txt", "no scikit-image, which the organizers' evaluation imports"),
     ("backdoor", {"requirements.txt": "torch>=2\n"}, "requirements", "requirements.txt:1", "no fixed version"),
     ("backdoor", {"requirements.txt": "# mine\ntorch==2.6.0\n"}, "requirements", ":2", "the judge has 2.4.0"),
     ("backdoor", {"requirements.txt": "torch==2.4.*\n"}, "requirements", ":1", "no fixed version"),

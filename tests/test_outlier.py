@@ -7,6 +7,7 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import expon
 
+from backdoor_detection.detection import FREELY
 from backdoor_detection.outlier import (
     combined_p_value,
     deleted_residual_p_value,
@@ -205,6 +206,14 @@ def test_combined_p_value_refuses_what_is_none(refuses, wrong):
 @pytest.mark.parametrize("p_values", [[0.03], [0.2, 0.01], [1.0, 1.0], [1.0, 0.05], [0.5, 0.4, 1e-8], [1e-200, 0.9]])
 def test_fishers_method_agrees_with_scipy(p_values):
     assert fisher_p_value(p_values) == pytest.approx(scipy.stats.combine_pvalues(p_values, "fisher").pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize("classes", [FREELY, 10, 43])
+def test_what_is_shipped_keeps_its_rate_for_normal_margins(classes):
+    """Changes by the normal null, free features by the exponential one, from as many classes as they are judged."""
+    both = torch.randn(800, 2, classes, generator=torch.Generator().manual_seed(classes))
+    found = [fisher_p_value([deleted_residual_p_value(one), outlier_p_value(other)]) for one, other in both]
+    assert sum(p < 0.05 for p in found) / len(found) < 0.06
 
 
 def test_fishers_method_by_hand_and_at_its_ends(refuses):

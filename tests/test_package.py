@@ -1,5 +1,6 @@
 """Submissions made from the checkout, and zips of strangers unpacked."""
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
+from data.errors import InputError
 from submit.cli import main
 from submit.import_closure import assets, import_closure
 from submit.judge_requirements import judge_requirements
@@ -135,6 +138,38 @@ def test_an_import_without_a_pinned_version_is_named(tmp_path, refuses, monkeypa
     monkeypatch.setenv("KIT_RULES", str(tmp_path))
     with refuses(r"outlier.py:\d+: library scipy: expected a version in \[requirements\] of the rules, found none"):
         build_package("backdoor", tmp_path / "mine", tried=False)
+
+
+def score_all(folder):
+    """The module as it is packaged."""
+    spec = importlib.util.spec_from_file_location("score_all", folder / "src" / "score_all.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_category_ends_the_others(packages, tmp_path, monkeypatch, capsys):
+    """What cannot be scored gets files all the same, on which the organizers' evaluation does not end."""
+    module = score_all(packages["anomaly"].folder)
+    for name in ("bolt/test/good/0.png", "bolt/test/good/0.bmp", "bolt/test/cut/1.png", "nut/test/good/0.png"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((8, 8), 40).save(path)
+    (tmp_path / "data" / "nut" / "test" / "good" / "1.png").write_text("broken")
+
+    def failing(paths):
+        raise RuntimeError("CUDA out of memory") if paths[0].parts[-4] == "bolt" else InputError("unreadable")
+
+    monkeypatch.setattr(module, "predict_category", failing)
+    monkeypatch.chdir(tmp_path)
+    module.main()
+    assert capsys.readouterr().err == "bolt: CUDA out of memory\nnut: unreadable\n"
+    written = sorted(p.relative_to("output_scores").as_posix() for p in Path("output_scores").rglob("*.json"))
+    assert written == ["bolt/test/cut/1_scores.json", "bolt/test/good/0_scores.json", "nut/test/good/0_scores.json",
+                       "nut/test/good/1_scores.json"]
+    content = json.loads(Path("output_scores", written[0]).read_text())
+    values = np.array(content["pix_level_score"]["__ndarray__"])
+    assert values.shape == (1, 224, 224) and len(np.unique(values)) > 100
 
 
 def test_presets_bring_their_nets(tmp_path, refuses):
