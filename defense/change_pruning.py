@@ -52,7 +52,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: ChangePruni
         cut = cutter(last, order[:count])
         cut()
         epochs = fine_tuning(given.model, training, config.pruning.tuning, after=cut)
-        details = {"pruned": count, "inputs": len(order), "unlearned_accuracy": unlearned.accuracies[-1]}
+        details = {"pruned": count, "inputs": len(order), "unlearned_accuracy": unlearned.accuracy}
         found = after_tuning(given.model, epochs, details)
         return replace(found, finite=found.finite and went.finite, complete=found.complete and went.complete)
 

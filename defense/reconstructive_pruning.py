@@ -66,7 +66,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: Reconstruct
         failed = "no time to learn the masks" if epochs.finite else "no finite epoch of the masks"
         pruned = prune(given.model, masks, config.threshold) if epochs.losses else 0
         details = {"pruned": pruned, "neurons": sum(len(mask) for mask in masks.values()),
-                   "unlearned_accuracy": unlearned.accuracies[-1], "unlearning_epochs": len(went.losses)}
+                   "unlearned_accuracy": unlearned.accuracy, "unlearning_epochs": len(went.losses)}
         return Repaired(given.model, went.finite and epochs.finite, went.complete and epochs.complete,
                         "" if epochs.losses else failed, epochs.losses, details)
 

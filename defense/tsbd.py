@@ -132,7 +132,7 @@ def _accuracy(model: nn.Module, given: Given) -> float:
 
 def _unlearning_record(unlearned: Unlearned) -> dict[str, Any]:
     return {"epochs": len(unlearned.epochs.losses), "reached": unlearned.reached, "finite": unlearned.epochs.finite,
-            "accuracy": unlearned.accuracies[-1] if unlearned.accuracies else None}
+            "accuracy": unlearned.accuracy}
 
 
 def _result(given: nn.Module, ours: nn.Module, epochs: Epochs, details: dict[str, Any], deadline: Deadline,

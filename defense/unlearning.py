@@ -52,6 +52,11 @@ class Unlearned:
     epochs: Epochs
     reached: bool
 
+    @property
+    def accuracy(self) -> float | None:
+        """The last one; None where time ended within the first epoch."""
+        return self.accuracies[-1] if self.accuracies else None
+
 
 def clean_unlearning(model: nn.Module, given: Training, num_classes: int, config: UnlearningConfig) -> Unlearned:
     """Maximise the mean cross-entropy of the clean images on a copy of `model`, all parameters, until its accuracy

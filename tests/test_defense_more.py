@@ -115,6 +115,19 @@ def test_the_deadline_is_kept(name):
     assert 5 <= found.seconds == clock.seconds <= 12
 
 
+@pytest.mark.parametrize(("name", "limit"), [("rnp", 6.0), ("nwc-fp", 10.0)])  # 3 seconds to unlearn
+def test_unlearning_cut_within_its_first_epoch_has_no_accuracy(name, limit):
+    clock = Clock(0.0)
+
+    def slow(images, generator):
+        clock.seconds += 1
+        return images
+
+    config = replace(QUICK[name], unlearning=replace(FORGET, batch=2))  # six steps an epoch
+    found = defended(name, config=config, augment=slow, deadline=Deadline(limit, clock=clock))
+    assert found.details["unlearned_accuracy"] is None and found.losses and not found.complete
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_a_model_without_batch_norm(name):
     model = a_transformer()
