@@ -53,12 +53,19 @@ def run_baseline(method: str, repair: Repair, model: nn.Module, images: Tensor, 
     failed = found.failed
     if after is not None and after <= 1 / given.num_classes < before:
         failed = f"the repaired model is lost: accuracy {after:.3f} on the clean images"
-    repaired = give_back(found.model, model)
+    repaired, failed = returned(found.model, model, failed)
+    details = {"clean_accuracy": before, "clean_accuracy_repaired": after, "missing_classes": list(given.missing)}
+    return DefenseResult(method, repaired, found.finite, found.complete, failed, found.losses, deadline.elapsed(),
+                         details | dict(found.details))
+
+
+def returned(ours: nn.Module, model: nn.Module, failed: str) -> tuple[nn.Module, str]:
+    """(the repaired copy `ours` as `give_back` makes it, why it failed); where it failed, also because the dtype of
+    the given `model` cannot hold it, a copy of that one."""
+    repaired = give_back(ours, model)
     if not all_finite(list(chain(repaired.parameters(), repaired.buffers()))):
         failed = failed or "the repaired model is too large for its dtype"
-    details = {"clean_accuracy": before, "clean_accuracy_repaired": after, "missing_classes": list(given.missing)}
-    return DefenseResult(method, give_back(working_copy(model), model) if failed else repaired, found.finite,
-                         found.complete, failed, found.losses, deadline.elapsed(), details | dict(found.details))
+    return (give_back(working_copy(model), model) if failed else repaired), failed
 
 
 def after_tuning(model: nn.Module, epochs: Epochs, details: Mapping[str, Any] | None = None) -> Repaired:

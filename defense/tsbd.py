@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from data.errors import expect
 from defense.activeness_tuning import TuningConfig, activeness_aware_finetuning
+from defense.baseline import returned
 from defense.deadline import Deadline
-from defense.given import Given, give_back, own_randomness, take
+from defense.given import Given, own_randomness, take
 from defense.neuron_ratio import RatioConfig, largest_bearable, split_clean, subset
 from defense.neurons import KINDS, neuron_weights
 from defense.results import DefenseResult
@@ -54,8 +55,8 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: TSBDConfig,
 
     images: (N, C, H, W) float as the model takes them. labels: (N,) integers, their classes. generator: on the CPU.
     augment: of every training batch. At the deadline the work ends with the last finite state; without time for
-    a single step of tuning, without a finite unlearning, or where tuning ends at chance, the model is returned
-    unrepaired and `failed` says so.
+    a single step of tuning, without a finite unlearning, or where tuning ends at chance or in numbers that the
+    model's dtype cannot hold, the model is returned unrepaired and `failed` says so.
     """
     deadline = deadline or Deadline()
     with own_randomness(next(model.parameters(), torch.empty(0)).device, generator=generator):
@@ -80,7 +81,7 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: TSBDConfig,
         failed = _failure(epochs, details, given.num_classes)
         epochs = replace(epochs, finite=epochs.finite and unlearned.epochs.finite,
                          complete=epochs.complete and unlearned.epochs.complete)
-        return _result(model, given.model if failed else repaired, epochs, details, deadline, failed)
+        return _result(model, repaired, epochs, details, deadline, failed)
 
 
 def _neuron_ratio(given: Given, change: Mapping[str, Tensor], training: Training,
@@ -137,5 +138,6 @@ def _unlearning_record(unlearned: Unlearned) -> dict[str, Any]:
 
 def _result(given: nn.Module, ours: nn.Module, epochs: Epochs, details: dict[str, Any], deadline: Deadline,
             failed: str) -> DefenseResult:
-    return DefenseResult("tsbd", give_back(ours, given), epochs.finite, epochs.complete, failed, epochs.losses,
-                         deadline.elapsed(), details)
+    repaired, failed = returned(ours, given, failed)
+    return DefenseResult("tsbd", repaired, epochs.finite, epochs.complete, failed, epochs.losses, deadline.elapsed(),
+                         details)

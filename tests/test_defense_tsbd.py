@@ -12,7 +12,7 @@ from defense import tsbd
 from defense.activeness_tuning import TuningConfig
 from defense.deadline import Deadline
 from defense.neuron_ratio import RatioConfig, allowance, largest_bearable, split_clean
-from defense.training import Shift
+from defense.training import Epochs, Shift
 from defense.tsbd import TSBDConfig, defend
 from defense.unlearning import UnlearningConfig
 from tests.defense_doubles import Clock, nan_from
@@ -123,6 +123,17 @@ def test_a_model_that_tuning_loses_is_not_given_back(monkeypatch):
     found = defended(model, replace(QUICK, tuning=TuningConfig(rate=1e12, epochs=1, steps=0)))
     assert found.failed == "the repaired model is lost: accuracy 0.250 on the clean images"
     assert same(found.model, model) and found.details["clean_accuracy_repaired"] == 0.25
+
+
+def test_a_model_that_its_dtype_cannot_hold_is_not_given_back(monkeypatch):
+    def repaired(net, *_):
+        net.linear.weight.data *= 1e8
+        return net, Epochs((1.0,), True, True, 1)
+
+    model = a_model().half()
+    monkeypatch.setattr(tsbd, "_repaired", repaired)
+    found = defended(model, images=IMAGES.half())
+    assert found.failed == "the repaired model is too large for its dtype" and same(found.model, model)
 
 
 def test_no_time_leaves_the_model_unrepaired():
