@@ -6,7 +6,7 @@ norm. No image is used; the clean ones given only judge the result.
 As in the released code a batch norm belongs to the last convolution before it in the order of modules; in
 pre-activation nets that may be a shortcut's, and a norm over sums of convolutions belongs to one of them.
 Departs from it: the deviation includes the norm's epsilon, as in its forward pass (a dead channel was infinite there);
-norms of another width than that convolution's are left alone.
+norms of another width than that convolution's, and those after a linear layer, are left alone.
 """
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ def norms_of_convolutions(model: nn.Module) -> list[tuple[nn.Module, _BatchNorm]
     for module in model.modules():
         if isinstance(module, Convolution):
             last = module
+        elif isinstance(module, nn.Linear):
+            last = None  # a norm after it is of its features
         elif isinstance(module, _BatchNorm) and last is not None and module.num_features == last.out_channels \
                 and module.weight is not None and module.running_var is not None:
             found.append((last, module))

@@ -341,6 +341,8 @@ def test_norms_of_another_width_are_left_alone(refuses):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(144),
                           nn.Linear(144, 3)).double()
     assert norms_of_convolutions(model) == [(model[0], model[1])]
+    model = nn.Sequential(*model[:3], nn.Linear(144, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    assert norms_of_convolutions(model) == [(model[0], model[1])]  # though the second norm's width would fit
     for without in (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 8), nn.Flatten()),
                     nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3, affine=False), nn.Flatten()),
                     nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten())):
