@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
 from data import badnets, blended, input_aware, low_frequency, sig, ssba, trojannn, wanet
-from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import BackdooredSet
+from data.settings import named_config
 
 ATTACKS: dict[str, tuple[ModuleType, type]] = {
     "badnets": (badnets, badnets.BadNetsConfig),
@@ -24,13 +23,8 @@ ATTACKS: dict[str, tuple[ModuleType, type]] = {
 
 
 def attack_config(name: str, parameters: Mapping[str, Any], where: str) -> Any:
-    """The attack's frozen config; an unknown attack or parameter is named, `where` opens the message."""
-    expect(name in ATTACKS, where, f"one of {', '.join(ATTACKS)}", name)
-    kind = ATTACKS[name][1]
-    known = [field.name for field in fields(kind)]
-    for key in parameters:
-        expect(key in known, f"{where} {name}", f"some of {', '.join(known)}", key)
-    return kind(**parameters)
+    """The attack's frozen config; an unknown attack or parameter, or a wrong type, is named after `where`."""
+    return named_config(ATTACKS, name, parameters, where)
 
 
 def poison(name: str, clean: ImageSet, parameters: Mapping[str, Any], *, ratio: float, target: int,
