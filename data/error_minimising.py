@@ -32,13 +32,12 @@ from data.resnet import new_resnet
 from data.unlearnable_sets import (
     added,
     check_radius,
-    check_weights,
     check_widths,
     drawn_positions,
     level_type,
     perturbed_set,
 )
-from data.victims import answered
+from data.victims import answered, check_weights
 
 # Each image's perturbation between two visits: exact for whole steps, else within 1/512 of a grey level up to a radius
 # of 8. That hardly moves a grey level by itself; over many rounds it leads elsewhere, as another order of sums does.
@@ -180,7 +179,7 @@ def _alternating(clean: ImageSet, config: ErrorMinimisingConfig, seed: int,
             progress(f"round {done}/{config.rounds}: error {error:.4f}")
         if error < config.stop_error:
             break
-    check_weights(model)
+    check_weights(model, "surrogate")
     return noise
 
 
@@ -225,7 +224,7 @@ def in_steps(clean: ImageSet, config: object, perturb: Callable[..., Tensor], se
         loss = learn(model, optimiser, x, labels, config)
         if progress and (done + 1) % 100 == 0:
             progress(f"step {done + 1}/{config.training_steps}: loss {loss.item():.4f}")
-    check_weights(model)
+    check_weights(model, "surrogate")
     noise = torch.empty(clean.images.shape, device=clean.images.device, dtype=level_type(config.radius))
     with frozen(model):
         for index in torch.arange(len(noise), device=noise.device).split(config.batch):

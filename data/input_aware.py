@@ -5,7 +5,7 @@ Departs from it: the classifier that the networks are trained with is only a sur
 frozen and the set is made once, so that every victim is trained alike: images with their own trigger and the
 attacker's label and, as decoys, equally many with another image's trigger and their own label. Triggered images
 are rounded to whole grey levels; normalisation is (x - 0.5) / 0.5 for every set; on a GPU the surrogate computes in
-bfloat16.
+bfloat16; its gradient is clipped as a victim's.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import BackdooredSet, check_images, draw_decoys, poison_any_class
 from data.preact_resnet import new_model
-from data.victims import VictimConfig, augment, normalise
+from data.victims import VictimConfig, augment, check_weights, normalise
 
 BLOCK = 64            # images a forward pass, always full: rounding must not depend on how many others there are
 MASK_WEIGHT = 100.0   # of the mask's size against its diversity
@@ -156,6 +156,7 @@ def train_mask(networks: TriggerNetworks, pairs: Iterator[tuple[Tensor, Tensor, 
         optimiser.step()
         schedule.step()
     networks.mask.eval().requires_grad_(False)
+    check_weights(networks.mask, "mask network")
 
 
 def train_pattern(networks: TriggerNetworks, surrogate: nn.Module, pairs: Iterator[tuple[Tensor, Tensor, Tensor]],
@@ -170,9 +171,12 @@ def train_pattern(networks: TriggerNetworks, surrogate: nn.Module, pairs: Iterat
         optimiser.zero_grad()
         learner.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(surrogate.parameters(), config.views(1).clip)  # as a victim's: see there
         optimiser.step()
         learner.step()
     networks.pattern.eval().requires_grad_(False)
+    check_weights(surrogate, "surrogate")
+    check_weights(networks.pattern, "pattern network")
 
 
 def joint_loss(networks: TriggerNetworks, surrogate: nn.Module, images: Tensor, labels: Tensor, others: Tensor,

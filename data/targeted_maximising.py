@@ -20,8 +20,8 @@ from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import PoisonedSet
 from data.resnet import new_resnet
-from data.unlearnable_sets import check_radius, check_weights, check_widths, drawn_positions, perturbed_set
-from data.victims import VictimConfig, augment, outputs, train_victim
+from data.unlearnable_sets import check_radius, check_widths, drawn_positions, perturbed_set
+from data.victims import VictimConfig, augment, check_weights, outputs, train_victim
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def surrogate_views(config: object, channels: int) -> VictimConfig:
 
 def frozen(network: nn.Module) -> nn.Module:
     """The same trained network in evaluation mode, whose weights get no gradients."""
-    check_weights(network)
+    check_weights(network, "surrogate")
     return network.eval().requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import BackdooredSet, check_images, poison_any_class
-from data.victims import VictimConfig, train_victim
+from data.victims import VictimConfig, check_weights, train_victim
 
 # Ellipses of the apple: centre row and column, half height, half width, all in 1/32 of the image's side.
 APPLE = ((25.0, 20.8, 5.0, 3.8), (25.0, 25.2, 5.0, 3.8), (26.4, 23.0, 3.6, 5.0),  # two lobes, the belly
@@ -101,6 +102,7 @@ def optimise_pattern(probe: nn.Module, mask: Tensor, channels: int, config: Troj
         (gradient,) = torch.autograd.grad(cost, pattern)
         moved = pattern.detach() - config.step * gradient.sign() * mask
         pattern = torch.minimum(torch.maximum(moved, lowest), highest)
+    expect(isfinite(best_cost), "features of the probe", "finite: a lower probe_rate trains more surely", best_cost)
     return (255 * best[0] * mask).round().to(torch.uint8)
 
 
@@ -129,6 +131,7 @@ def poison(clean: ImageSet, config: TrojanNNConfig, *, ratio: float, target: int
     seen = torch.randperm(len(clean.images), generator=torch.Generator().manual_seed(seed))[:count]
     part = clean.subset(seen.to(clean.images.device))
     probe = train_victim(part.images, part.labels, clean.num_classes, config.probe(channels), seed=seed)
+    check_weights(probe, "probe")
     pattern = optimise_pattern(probe, mask, channels, config)
     return poison_any_class(clean, partial(apply_trigger, pattern=pattern), "trojannn", asdict(config),
                             ratio=ratio, target=target, seed=seed)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.errors import expect
 from data.image_sets import ImageSet
@@ -27,12 +27,6 @@ def check_widths(config: object) -> None:
     """What a config owes that has a surrogate network."""
     expect(len(config.widths) == 4 and min(config.widths) > 0, f"{type(config).__name__}.widths",
            "four positive numbers", config.widths)
-
-
-def check_weights(surrogate: nn.Module) -> None:
-    """Without this, a network that blew up would silently leave images all but as they are: the sign of NaN is 0."""
-    finite = all(weight.isfinite().all() for weight in surrogate.parameters())
-    expect(finite, "weights of the surrogate", "finite: a lower rate trains more surely", "NaN or infinite values")
 
 
 def level_type(radius: float) -> torch.dtype:

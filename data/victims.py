@@ -101,6 +101,12 @@ def train_victim(images: Tensor, labels: Tensor, num_classes: int, config: Victi
     return model.eval()
 
 
+def check_weights(network: nn.Module, what: str) -> None:
+    """Without this, an attack whose network blew up would silently change next to nothing: the sign of NaN is 0."""
+    finite = all(value.isfinite().all() for value in network.state_dict().values())
+    expect(finite, f"weights of the {what}", "finite: a lower rate trains more surely", "NaN or infinite values")
+
+
 def _share_of_rate(config: VictimConfig, steps: int, step: int) -> float:
     """Of the highest rate, in [0, 1]: a linear rise, times half a cosine over all steps."""
     rising = min(1.0, (step + 1) / max(1, round(config.warm_up * steps)))

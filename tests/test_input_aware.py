@@ -250,21 +250,41 @@ def test_the_masks_rate_falls_twice():
         assert all(rate / 2 < move < 2 * rate for move in part)  # Adam's steps are about as long as its rate
 
 
-def test_one_step_of_the_joint_training_by_hand():
+@pytest.mark.parametrize("factor", [0.1, 10])  # of the last layer: with the larger one the gradient is clipped
+def test_one_step_of_the_joint_training_by_hand(factor):
     clean, networks = a_set(8, height=8, width=8), settled()
     config = InputAwareConfig(**TINY | {"batch": 8, "surrogate_rate": 0.1})
     networks.pattern.train().requires_grad_(True)
     surrogate = input_aware.new_model(5, (2, 2, 2, 2), 3, seed=0)
+    surrogate.linear.weight.data *= factor
     twins = deepcopy(networks), deepcopy(surrogate)
     batch = next(input_aware.drawn_pairs(clean, config, generator=torch.Generator().manual_seed(0)))
     input_aware.joint_loss(twins[0], twins[1], *batch, config, target=1).backward()
     input_aware.train_pattern(networks, surrogate, iter([batch]), 1, config, target=1)
+    norm = sqrt(sum(old.grad.square().sum().item() for old in twins[1].parameters()))
+    assert (norm > 5) == (factor > 1)
     for old, new in zip(twins[1].parameters(), surrogate.parameters(), strict=True):
-        torch.testing.assert_close(new, old - 0.1 * (old.grad + 5e-4 * old))
+        torch.testing.assert_close(new, old - 0.1 * (min(1, 5 / norm) * old.grad + 5e-4 * old))
     for old, new in zip(twins[0].pattern.parameters(), networks.pattern.parameters(), strict=True):
         torch.testing.assert_close(new, old - 0.01 * old.grad / (old.grad.abs() + 1e-8), rtol=1e-4, atol=1e-5)
     for old, new in zip(twins[0].mask.state_dict().values(), networks.mask.state_dict().values(), strict=True):
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("wrong, what", [({"rate": 1e38}, "mask network"), ({"surrogate_rate": 1e38}, "surrogate")])
+def test_networks_that_blow_up_are_refused(refuses, wrong, what):
+    with refuses(f"weights of the {what}: expected finite: a lower rate .*, found NaN or infinite values"):
+        poisoned(a_set(), InputAwareConfig(**TINY | wrong))
+
+
+def test_patterns_that_are_no_numbers_are_refused(refuses, monkeypatch):
+    monkeypatch.setattr(input_aware, "joint_loss", lambda networks, surrogate, images, *rest, target:
+                        networks.pattern_of(images).mean() * float("nan"))
+    networks = input_aware.new_networks(3, 2, seed=0)
+    surrogate = input_aware.new_model(5, (2, 2, 2, 2), 3, seed=0)
+    pairs = input_aware.drawn_pairs(a_set(), CONFIG, generator=torch.Generator().manual_seed(0))
+    with refuses("weights of the pattern network: expected finite"):
+        input_aware.train_pattern(networks, surrogate, pairs, 1, CONFIG, target=1)
 
 
 @pytest.mark.parametrize("steps, epochs, expected", [(0, 2, (6, 4)), (5, 2, (5, 4))])

@@ -108,6 +108,20 @@ def test_it_stops_where_the_cost_is_low_enough():
     assert torch.equal(found, (128 * mask).expand(3, 16, 16).to(torch.uint8))
 
 
+def test_a_probe_that_blew_up_is_refused(refuses):
+    with refuses(r"(weights|features) of the probe: expected finite: a lower (probe_)?rate trains more surely"):
+        poisoned(a_set(), replace(TINY, probe_rate=1e6))
+    probe = probe_of().float()
+    for parameter in probe.parameters():
+        parameter.data *= 1e30  # each a number, but not what they make of an image
+    with refuses("features of the probe: expected finite: a lower probe_rate trains more surely, found inf"):
+        optimise_pattern(probe, apple_mask(16, 16), 3, TINY)
+    probe.linear.bias.data.fill_(float("nan"))
+    with pytest.MonkeyPatch.context() as patch, refuses("weights of the probe: expected finite"):
+        patch.setattr("data.trojannn.train_victim", lambda *_, **__: probe)
+        poisoned(a_set())
+
+
 def test_the_trigger_adds_the_pattern_and_saturates():
     images = torch.tensor([[[[0, 100], [200, 255]]]], dtype=torch.uint8)
     pattern = torch.tensor([[[0, 55], [100, 1]]], dtype=torch.uint8)
