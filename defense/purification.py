@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,10 +71,8 @@ def purify_folder(train_folder: Path | str, out_folder: Path | str, *, generator
     if not found.complete:
         why = f"NaN or infinity in stage {broken[0]}" if broken else f"the limit of {limit_s:g} s"
         warnings.warn(f"{root}: {why} cut the training short: {_epochs(found)}", stacklevel=2)
-    scratch = Path(tempfile.mkdtemp(dir=kept, prefix="images-"))  # each call its own, should two work at once
-    _write_tree(found.images.cpu(), [file.relative_to(root) for file in files], scratch)
-    _publish(scratch, out)
-    shutil.rmtree(kept, ignore_errors=True)
+    _publish(_written(found.images.cpu(), [file.relative_to(root) for file in files], out), out)
+    _clear(kept)
     return found
 
 
@@ -98,6 +97,26 @@ def _work_folder(out: Path) -> Path:
     writable = all(os.access(folder, os.W_OK | os.X_OK) for folder in (kept.parent, kept))
     expect(writable, out, f"{kept} and the folder around it to be writable", "they are not")
     return kept
+
+
+def _written(images: Tensor, files: Sequence[Path], out: Path) -> Path:
+    """A new folder that holds the images: each call its own, should two work at once."""
+    scratch = Path(tempfile.mkdtemp(dir=_work_folder(out), prefix="images-"))  # another call may have cleared it away
+    try:
+        _write_tree(images, files, scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return scratch
+
+
+def _clear(kept: Path) -> None:
+    """Remove the finished stages, and the folders unless another call works in them."""
+    for stage in (kept / "stages").glob("stage*"):
+        stage.unlink(missing_ok=True)
+    for folder in (kept / "stages", kept):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _publish(scratch: Path, out: Path) -> None:

@@ -121,12 +121,26 @@ def test_two_calls_at_once_do_not_disturb_each_other_and_the_second_result_is_no
         monkeypatch.setattr(purification, "_write_tree", write)
         write(*given)
         purify_folder(train, out, generator=generator(), config=CONFIG)  # another call, done while this one writes
-        write(*given)
 
     monkeypatch.setattr(purification, "_write_tree", meanwhile)
     with refuses(r"out: expected nothing there still; the purified images lie in .*/images-\w+, found a file"):
         purify_folder(train, out, generator=generator(), config=CONFIG)
+    (kept,) = (tmp_path / ".out.partial").iterdir()
+    assert tree_of(kept) == tree_of(out)
     assert len(tree_of(out)) == 5 and out.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_call_outlives_that_another_one_clears_away(tmp_path, monkeypatch):
+    train, whole = a_tree(tmp_path / "train"), purification.purify
+
+    def meanwhile(*given, **more):
+        found = whole(*given, **more)
+        purification._clear(more["kept"].parent)  # as another call does when it ends
+        return found
+
+    monkeypatch.setattr(purification, "purify", meanwhile)
+    purify_folder(train, tmp_path / "out", generator=generator(), config=CONFIG)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "train"] and len(tree_of(tmp_path / "out")) == 5
 
 
 def test_a_link_to_an_image_is_one_and_a_broken_one_is_named(tmp_path, refuses):
