@@ -11,21 +11,15 @@ local contrast, stands for the network. Reports name such a set SSBA-like.
 """
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate, mse_loss, pad
 
-from data.errors import InputError, expect
-from data.files import fingerprint, write_atomic
+from data.errors import expect
 from data.image_sets import ImageSet
 from data.poisoned_sets import BackdooredSet, check_images, poison_any_class
 from data.stego_networks import Embedder, Reader
@@ -204,57 +198,6 @@ def _check_shape(images: Tensor, encoder: Encoder) -> None:
     check_images(images)
     expect(tuple(images.shape[1:]) == encoder.shape, "images", f"of shape {encoder.shape} as the encoder's",
            tuple(images.shape[1:]))
-
-
-def save_encoder(encoder: Encoder, path: Path) -> None:
-    """Write weights and description to `path` (safetensors)."""
-    state = {name: value.cpu().contiguous() for name, value in encoder.networks.state_dict().items()}
-    about = {"config": asdict(encoder.config), "shape": encoder.shape, "bit_accuracy": encoder.bit_accuracy,
-             "psnr": encoder.psnr}
-    write_atomic(path, save(state, {"encoder": json.dumps(about)}))
-
-
-def load_encoder(path: Path) -> Encoder:
-    """What `save_encoder` wrote, on the CPU. A missing or broken file, a wrong tensor or description is named."""
-    expect(path.is_file(), path, "the weights of an encoder", "no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["encoder"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        config, shape = SSBAConfig(**about["config"]), tuple(int(size) for size in about["shape"])
-        measured = float(about["bit_accuracy"]), float(about["psnr"])
-        with torch.device("meta"):  # shapes only; the tensors of the file take their place
-            networks = _networks(shape, config)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: expected an encoder's weights and description, found {reason}") from None
-    _check_state(state, networks.state_dict(), path)
-    networks.load_state_dict(state, strict=True, assign=True)
-    return Encoder(_frozen(networks), config, shape, *measured)
-
-
-def _check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    differing = sorted(set(state) ^ set(expected))
-    expect(not differing, path, "exactly the tensors of an encoder", f"missing or extra {', '.join(differing[:3])}")
-    for name, tensor in state.items():
-        expect((tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype), f"{path} {name!r}",
-               f"{tuple(expected[name].shape)} {expected[name].dtype}", f"{tuple(tensor.shape)} {tensor.dtype}")
-        expect(torch.isfinite(tensor).all(), f"{path} {name!r}", "finite numbers", "NaN or infinity")
-
-
-def shared_encoder(images: Tensor, config: SSBAConfig, folder: Path, *, seed: int = 0,
-                   progress: Callable[[str], None] | None = None) -> Encoder:
-    """The encoder of these images, config and seed: read from `folder`, or trained and left there for the others.
-
-    Both give the same weights, so a set poisoned before a stop and one poisoned after it are equal.
-    """
-    content = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
-    path = Path(folder) / f"ssba-{fingerprint(content, tuple(images.shape), config, seed)}.safetensors"
-    if not path.exists():
-        save_encoder(train_encoder(images, config, seed=seed, progress=progress), path)
-    encoder = load_encoder(path)
-    encoder.networks.to(images.device)
-    return encoder
 
 
 def apply_trigger(images: Tensor, encoder: Encoder, message: Tensor) -> Tensor:

@@ -1,26 +1,13 @@
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import interpolate
 
 from data import ssba
 from data.image_sets import ImageSet
-from data.ssba import (
-    Encoder,
-    SSBAConfig,
-    embed,
-    load_encoder,
-    poison,
-    read_bits,
-    save_encoder,
-    shared_encoder,
-    train_encoder,
-)
+from data.ssba import Encoder, SSBAConfig, embed, poison, read_bits, train_encoder
 
 TINY = SSBAConfig(bits=2, width=2, steps=3, batch=4, rate=1e-2, threshold=0.0)
 LEARNING = SSBAConfig(bits=2, width=4, residual=128.0, steps=100, batch=8, rate=5e-3, weight=2.0, idle=5, ramp=10)
@@ -226,30 +213,6 @@ def test_the_published_sizes():
     assert reader[-2] == (512, 128)
 
 
-def test_what_is_saved_is_loaded(tiny, tmp_path):
-    save_encoder(tiny, tmp_path / "a.safetensors")
-    before = torch.get_rng_state()
-    found = load_encoder(tmp_path / "a.safetensors")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (found.config, found.shape, found.bit_accuracy, found.psnr) == \
-        (tiny.config, tiny.shape, tiny.bit_accuracy, tiny.psnr)
-    assert torch.equal(weights(found), weights(tiny))
-    message = torch.tensor([1.0, 0.0])
-    assert torch.equal(embed(some_images(), found, message), embed(some_images(), tiny, message))
-
-
-def test_a_shared_encoder_is_trained_once(tiny, tmp_path, monkeypatch):
-    first = shared_encoder(some_images(), TINY, tmp_path)
-    assert torch.equal(weights(first), weights(tiny)) and len(list(tmp_path.iterdir())) == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(ssba, "train_encoder", lambda *_, **__: pytest.fail("trained again"))
-        assert torch.equal(weights(shared_encoder(some_images(), TINY, tmp_path)), weights(first))
-    shared_encoder(some_images(seed=1), TINY, tmp_path)
-    shared_encoder(some_images(), replace(TINY, steps=2), tmp_path)
-    shared_encoder(some_images(), TINY, tmp_path, seed=1)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
 def test_a_given_encoder_is_used(tiny):
     found = poisoned(a_set(), "trained", encoder=tiny, seed=3)
     message = torch.randint(2, (2,), generator=torch.Generator().manual_seed(3)).float()
@@ -340,45 +303,3 @@ def test_wrong_images_and_bits_are_named(refuses, tiny):
         ssba.apply_double(torch.zeros(1, 3, 8, 8), torch.ones(8, 8), 5.0)
     with refuses(r"bits: expected 2 of them, found 3"):
         embed(some_images(), tiny, torch.ones(3))
-
-
-def broken(path, change):
-    """Rewrite the encoder at `path` with its tensors and description changed by `change(state, about)`."""
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["encoder"])
-    state = load_file(path)
-    change(state, about)
-    save_file(state, path, {"encoder": json.dumps(about)})
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda state, about: state.pop("reader.layers.0.bias"),
-     r"exactly the tensors of an encoder, found missing or extra reader\.layers\.0\.bias"),
-    (lambda state, about: state.update({"more": torch.ones(1)}), "found missing or extra more"),
-    (lambda state, about: state.update({"embedder.out.bias": torch.ones(5)}),
-     r"'embedder\.out\.bias': expected \(3,\) torch\.float32, found \(5,\) torch\.float32"),
-    (lambda state, about: state["embedder.out.bias"].fill_(math.nan),
-     r"'embedder\.out\.bias': expected finite numbers, found NaN or infinity"),
-    (lambda state, about: about.pop("shape"), "expected an encoder's weights and description, found KeyError: 'shape'"),
-    (lambda state, about: about["config"].update({"colour": 1}), "found TypeError: .*colour"),
-    (lambda state, about: about["config"].update({"bits": -1}), r"found InputError: SSBAConfig bits, width"),
-    (lambda state, about: about["config"].update({"width": 3}), r"expected \(3,\) torch\.float32, found \(2,\)"),
-])
-def test_a_broken_file_is_named(refuses, tiny, tmp_path, change, message):
-    path = tmp_path / "a.safetensors"
-    save_encoder(tiny, path)
-    broken(path, change)
-    with refuses(rf"a\.safetensors.*{message}"):
-        load_encoder(path)
-
-
-def test_other_files_are_named(refuses, tmp_path):
-    path = tmp_path / "a.safetensors"
-    with refuses(r"a\.safetensors: expected the weights of an encoder, found no such file"):
-        load_encoder(path)
-    path.write_bytes(b"nothing of the kind")
-    with refuses(r"a\.safetensors: expected an encoder's weights and description, found SafetensorError"):
-        load_encoder(path)
-    save_file({"x": torch.ones(1)}, path)
-    with refuses(r"a\.safetensors: expected an encoder's weights and description, found KeyError: 'encoder'"):
-        load_encoder(path)
