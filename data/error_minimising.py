@@ -83,16 +83,6 @@ class ErrorMinimisingConfig:
         check_training(self)
 
 
-def class_wise() -> ErrorMinimisingConfig:
-    """As published for one perturbation a class."""
-    return ErrorMinimisingConfig(kind="class", steps=1, share=0.2, stop_error=0.1)
-
-
-def step_based() -> ErrorMinimisingConfig:
-    """As Fu et al. make them."""
-    return ErrorMinimisingConfig(schedule="steps", step=1.6, steps=10, batch=128)
-
-
 def budgeted() -> ErrorMinimisingConfig:
     """A narrow surrogate and few, longer steps, for a CPU."""
     return ErrorMinimisingConfig(step=2.0, steps=4, widths=(8, 16, 32, 64), batch=128, rounds=15)
