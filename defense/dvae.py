@@ -3,7 +3,8 @@
 Paper: Yu et al., Purify Unlearnable Examples via Rate-Constrained Variational Autoencoders, ICML 2024
 (arXiv:2405.01460), Algorithm 1. Stage 1, at a low rate, takes off most of the perturbation; stage 2, at a higher one,
 takes off the rest and gives back what its code keeps of the image. Three inferences: stage 1 once, stage 2 twice.
-Departs from the released code in: no classifier watches the training, as its losses were never added.
+Departs from the released code in: no classifier watches the training, as its losses were never added; on a
+GPU the default is bfloat16, there float32; batches are as equal as can be, there the last, partial one is dropped.
 """
 from __future__ import annotations
 
