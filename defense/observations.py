@@ -79,7 +79,8 @@ def trigger_activation_change(model: nn.Module, images: Tensor, triggered: Tenso
     backdoor's.
 
     images, triggered: (N, C, H, W) float as the model takes them, in the same order; convolutions and linear layers
-    are looked at, in evaluation mode; attention's projections have no output of their own and are left out.
+    are looked at, in evaluation mode; attention's projections give their hooks no output and are left out:
+    `joined` with a second argument keeps other values to the layers that are left.
     """
     expect(images.shape == triggered.shape and len(images) > 0, "images, triggered",
            "as many of both, of one shape, at least one", (tuple(images.shape), tuple(triggered.shape)))
@@ -91,7 +92,7 @@ def trigger_activation_change(model: nn.Module, images: Tensor, triggered: Tenso
     sums: ByLayer = {}
     for clean, changed in zip(given.images.split(EVALUATION_BATCH), triggered.split(EVALUATION_BATCH), strict=True):
         before, after = (outputs(given.model, layers, part) for part in (clean, changed))
-        for name in layers:
+        for name in (seen for seen in layers if seen in before):
             moved = (after[name] - before[name]).abs().flatten(2).sum((0, 2)).cpu()
             sums[name] = sums[name] + moved if name in sums else moved
     return {name: total / len(images) for name, total in sums.items()}
@@ -112,9 +113,9 @@ def outputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -
             else output.reshape(*output.shape[:2], -1) for name, output in seen.items()}
 
 
-def joined(values: Mapping[str, Tensor]) -> Tensor:
-    """(M,) all neurons, the layers one after the other."""
-    return torch.cat(list(values.values()))
+def joined(values: Mapping[str, Tensor], among: Mapping[str, Tensor] | None = None) -> Tensor:
+    """(M,) all neurons, the layers one after the other; of the layers that `among` has too, if given."""
+    return torch.cat([part for name, part in values.items() if among is None or name in among])
 
 
 def correlation(one: Tensor, other: Tensor) -> float:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torchvision.models import VisionTransformer
 
 from data.preact_resnet import new_model
 from defense.observations import (
@@ -124,6 +125,17 @@ def test_tokens_are_the_places_of_a_linear_layer(images):
     expected = (outputs[0] - outputs[1]).abs().sum((0, 1)) / len(images)
     torch.testing.assert_close(found["embed.weight"], expected)
     assert found["middle.weight"].shape == (5,) and "head.weight" not in found
+
+
+def test_a_transformer_is_compared_by_the_layers_that_have_outputs(images, labels):
+    model = VisionTransformer(image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=4, mlp_dim=8,
+                              num_classes=3)
+    tac = trigger_activation_change(model, images, images + 1)
+    change = unlearning_change(model, images, labels, UnlearningConfig(epochs=1), generator=seeded())
+    left_out = [name for name in change if name not in tac]
+    assert left_out and all("self_attention" in name for name in left_out) and set(tac) < set(change)
+    by_hand = [value for name in tac for value in change[name].tolist()]
+    assert joined(change, tac).tolist() == by_hand and len(joined(tac)) == len(by_hand)
 
 
 def test_the_trigger_that_changes_nothing_changes_no_neuron(images):
