@@ -101,8 +101,8 @@ def _neuron_ratio(given: Given, change: Mapping[str, Tensor], training: Training
         if not training.deadline.fits(needed):  # for this and for the repair itself
             return None
         tuned, epochs = _repaired(given.model, change, ratio, part, config)
-        if not epochs.finite:
-            return 0.0  # a ratio that tuning cannot bear
+        if not epochs.finite:  # a ratio that tuning cannot bear; or, without one, no mark to measure others by
+            return 0.0 if ratio > 0 else None
         return (predicted_classes(tuned, judges) == truth).double().mean().item() if epochs.complete else None
 
     return largest_bearable(judge, config.ratio, len(judges))

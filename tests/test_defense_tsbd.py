@@ -230,6 +230,12 @@ def test_the_chosen_ratio_is_the_largest_that_held_out_images_bear(monkeypatch):
     assert found.details["tried"]["0.0"] == 1.0 and found.details["tried"]["0.25"] == 0.85
 
 
+def test_without_a_finite_mark_the_fallback_is_taken():
+    found = defended(images=IMAGES.repeat(5, 1, 1, 1), labels=LABELS.repeat(5), augment=nan_from(2),
+                     config=replace(ONE_PASS, neurons=None, tuning=TuningConfig(epochs=1, steps=0)))
+    assert found.details["neurons"] == RatioConfig().fallback and found.details["tried"] == {}
+
+
 def test_bad_settings_and_input_are_named(refuses):
     with refuses(r"TSBDConfig.kinds: expected one of auto, convolutions, all, found x"):
         TSBDConfig(kinds="x")
