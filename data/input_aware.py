@@ -182,7 +182,7 @@ def train_pattern(networks: TriggerNetworks, surrogate: nn.Module, pairs: Iterat
 def joint_loss(networks: TriggerNetworks, surrogate: nn.Module, images: Tensor, labels: Tensor, others: Tensor,
                config: InputAwareConfig, *, target: int) -> Tensor:
     """Cross-entropy of a batch, its first share triggered and the next share crossed, plus the patterns' diversity."""
-    own = slice(0, max(1, int(config.share * len(images))))
+    own = slice(0, shared_count(config, len(images)))
     crossed = slice(own.stop, 2 * own.stop)
     pattern, pattern_other = networks.pattern_of(images[own]), networks.pattern_of(others[crossed])
     x = torch.cat([mixed(images[own], pattern, networks.mask_of(images[own])),
@@ -194,6 +194,11 @@ def joint_loss(networks: TriggerNetworks, surrogate: nn.Module, images: Tensor, 
         logits = surrogate(x)
     apart = diversity_loss(images[own], others[crossed], pattern, pattern_other)
     return cross_entropy(logits.float(), wanted) + config.diversity * apart
+
+
+def shared_count(config: InputAwareConfig, batch: int) -> int:
+    """Images of a batch that are triggered."""
+    return max(1, int(config.share * batch))
 
 
 def mixed(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
@@ -219,6 +224,9 @@ def train_networks(clean: ImageSet, config: InputAwareConfig, *, target: int, se
     """Both networks, trained on the images of `clean` and frozen, in evaluation mode, on their device."""
     count, channels, height, width = clean.images.shape
     expect(count >= 4 and min(height, width) >= 8, "images", "at least 4 of 8 x 8 pixels", (count, height, width))
+    triggered, middle = shared_count(config, min(config.batch, count)), (height // 8) * (width // 8)
+    expect(triggered * middle > 1, "images triggered a batch", "at least 2 where sides are below 16 pixels, for the "
+           "batch norms of the middle level", triggered)
     device, batches = clean.images.device, max(1, count // config.batch)
     networks = new_networks(channels, config.width, seed=seed)
     widths = tuple(config.surrogate_width * factor for factor in (1, 2, 4, 8))

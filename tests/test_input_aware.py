@@ -340,6 +340,14 @@ def test_wrong_images_are_refused(refuses, networks, images, message):
         input_aware.apply_trigger(images, networks)
 
 
+@pytest.mark.parametrize("size", [8, 15])
+def test_one_image_in_the_share_is_too_few_for_the_norms_of_small_images(refuses, size):
+    clean = a_set(10, 3, size, size)
+    with refuses("images triggered a batch: expected at least 2 where sides are below 16 pixels, .*, found 1"):
+        poisoned(clean, InputAwareConfig(**TINY | {"share": 0.2}))
+    poisoned(clean)
+
+
 @pytest.mark.parametrize("clean", [a_set(3), a_set(10, 3, 7, 9)])
 def test_too_small_a_set_is_refused(refuses, clean):
     with refuses("images: expected at least 4 of 8 x 8 pixels, found"):
