@@ -75,7 +75,8 @@ def poison_target_class(clean: ImageSet, trigger: Callable[[Tensor], Tensor], at
     """
     own = (clean.labels == target).nonzero()[:, 0]
     expect(len(own) > 0, "target", "a class with images", target)
-    share = min(ratio, len(own) / len(clean.images)) if ratio > 0 else ratio
+    expect(0 < ratio <= 1, "ratio", "in (0, 1]", ratio)
+    share = min(ratio, len(own) / len(clean.images))
     poisoned = draw_positions(clean, own, share, target, seed=seed).sort().values
     images = clean.images.clone()
     images[poisoned] = trigger(images[poisoned])

@@ -50,6 +50,12 @@ def test_sig_takes_all_of_a_class_that_is_smaller_than_the_share():
     assert found.poisoned.tolist() == list(range(2, 50, 5))
 
 
+@pytest.mark.parametrize("ratio", [0, 1.5])
+def test_sig_names_a_wrong_ratio(refuses, ratio):
+    with refuses(rf"ratio: expected in \(0, 1\], found {ratio}"):
+        sig.poison(a_set(), SIG, ratio=ratio, target=2, seed=1)
+
+
 @pytest.mark.parametrize("attack, config", [(sig, SIG), (low_frequency, GLOW), (wanet, WANET)])
 def test_equal_seeds_give_equal_sets(attack, config):
     before = torch.get_rng_state()
