@@ -98,10 +98,11 @@ def _repair(given: Given, training: Training, config: AdversarialPruningConfig) 
     if not epochs.losses:
         failed = "no time to learn the masks" if epochs.finite else "no finite epoch of the masks"
         return Repaired(given.model, epochs.finite, epochs.complete, failed)
-    threshold, tried = config.threshold if fixed else config.fallback, {}
+    threshold, tried, searched = config.threshold if fixed else config.fallback, {}, True
     if split:
         judges = subset((given.images, given.labels), split[1])
-        threshold, tried = choose_threshold(given.model, masks, *judges, config, training.deadline)
+        threshold, tried, searched = choose_threshold(given.model, masks, *judges, config, training.deadline)
+    epochs = replace(epochs, complete=epochs.complete and searched)
     details: dict[str, Any] = {"threshold": threshold, "tried": {str(key): value for key, value in tried.items()}}
     if threshold is None:
         return Repaired(given.model, epochs.finite, epochs.complete, "no threshold keeps the accuracy",
@@ -193,8 +194,10 @@ def masked_loss(model: nn.Module, norms: Mapping[str, nn.Module], masks: nn.Para
 
 
 def choose_threshold(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor, labels: Tensor,
-                     config: AdversarialPruningConfig, deadline: Deadline) -> tuple[float | None, dict[float, float]]:
-    """(the largest threshold up to which accuracy falls by less than `drop` of itself, accuracy of each tried).
+                     config: AdversarialPruningConfig,
+                     deadline: Deadline) -> tuple[float | None, dict[float, float], bool]:
+    """(the largest threshold up to which accuracy falls by less than `drop` of itself, accuracy of each tried, whether
+    time allowed the whole search).
 
     None where already the smallest costs more; the fallback where time allows none to be tried. `model` stays.
     """
@@ -202,13 +205,13 @@ def choose_threshold(model: nn.Module, masks: Mapping[str, Tensor], images: Tens
     ours = copy.deepcopy(model)
     for threshold in config.thresholds:
         if deadline():
-            return (chosen if tried else config.fallback), tried
+            return (chosen if tried else config.fallback), tried, False
         prune(ours, masks, threshold)  # thresholds rise: what was cut before is cut now
         tried[threshold] = clean_accuracy(ours, images, labels)
         if tried[threshold] <= (1 - config.drop) * whole:
             break
         chosen = threshold
-    return chosen, tried
+    return chosen, tried, True
 
 
 @torch.no_grad()

@@ -55,9 +55,10 @@ class Deadline:
         """Seconds from the start that there are for the steps."""
         return self.end - self.start - (self.after * self.steps.typical(RECENT) if self.after else 0.0)
 
-    def fits(self, steps: float) -> bool:
-        """Whether so many steps end in time, judged by the median: first steps and pauses take longer."""
-        return self._now() + CAUTION * steps * self.steps.typical() <= self.end
+    def fits(self, steps: float, latest: int = 0) -> bool:
+        """Whether so many steps end in time, judged by the median, of all or of the `latest`: first steps and pauses
+        take longer."""
+        return self._now() + CAUTION * steps * self.steps.typical(latest) <= self.end
 
     def part(self, share: float, *, after: float = 0.0) -> Deadline:
         """The end of `share` of the time left, for a stage; what it learns of the steps' length counts here too."""

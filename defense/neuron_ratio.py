@@ -56,7 +56,8 @@ def split_clean(labels: Tensor, config: RatioConfig, *, generator: torch.Generat
 def largest_bearable(judge: Callable[[float], float | None], config: RatioConfig,
                      images: int) -> tuple[float, dict[float, float]]:
     """(ratio, accuracy of each ratio tried). judge: accuracy in [0, 1] on `images` held-out images after tuning;
-    None = no time left, or nothing to judge. judge(0) sets the mark; the smallest candidate is taken where none keeps to it."""
+    None = no time left, or nothing to judge. judge(0) sets the mark; the smallest candidate is taken where none keeps
+    to it."""
     mark = judge(0.0)
     if mark is None:
         return config.fallback, {}

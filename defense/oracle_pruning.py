@@ -82,7 +82,8 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: OraclePruni
         if threshold is not None:
             details["pruned"] = prune(given.model, masks, threshold)
         failed = "" if threshold is not None else "no threshold lowers the attack's success"
-        return Repaired(given.model, epochs.finite, epochs.complete, failed, epochs.losses, details)
+        complete = epochs.complete and len(tried) == len(config.pruning.thresholds)
+        return Repaired(given.model, epochs.finite, complete, failed, epochs.losses, details)
 
     return run_baseline("anp-oracle", repair, model, images, labels, generator=generator, augment=augment,
                         deadline=deadline)

@@ -31,7 +31,7 @@ from defense.weight_change import weight_change
 from defense.zero_reinitialisation import ReinitialisationConfig, weights_to_zero, zero_reinitialisation
 
 UNLEARNING_SHARE = 0.3  # of the time there is, at most
-TUNING_STEP = 2         # passes forward and back, in those of an unlearning step
+TUNING_STEP = 2         # passes forward and back, in those of an unlearning step: until tuning has been timed
 
 
 @dataclass(frozen=True)
@@ -73,39 +73,48 @@ def defend(model: nn.Module, images: Tensor, labels: Tensor, config: TSBDConfig,
         if not unlearned.epochs.losses:
             return _result(model, given.model, unlearned.epochs, details, deadline,
                            "no finite epoch of unlearning" if not unlearned.epochs.finite else "no time to unlearn")
-        ratio, tried = _neuron_ratio(given, change, training, config)
+        ratio, tried, searched = _neuron_ratio(given, change, training, config)
         details |= {"neurons": ratio, "tried": {str(key): value for key, value in tried.items()}}
         repaired, epochs = _repaired(given.model, change, ratio, training, config)
         judged = bool(epochs.losses) and deadline.elapsed() + judging <= deadline.end - deadline.start
         details["clean_accuracy_repaired"] = _accuracy(repaired, given) if judged else None
         failed = _failure(epochs, details, given.num_classes)
         epochs = replace(epochs, finite=epochs.finite and unlearned.epochs.finite,
-                         complete=epochs.complete and unlearned.epochs.complete)
+                         complete=epochs.complete and unlearned.epochs.complete and searched)
         return _result(model, repaired, epochs, details, deadline, failed)
 
 
 def _neuron_ratio(given: Given, change: Mapping[str, Tensor], training: Training,
-                  config: TSBDConfig) -> tuple[float, dict[float, float]]:
-    """(n, held-out accuracy of every n tried)."""
+                  config: TSBDConfig) -> tuple[float, dict[float, float], bool]:
+    """(n, held-out accuracy of every n tried, whether no trial was wanting)."""
     if config.neurons is not None:
-        return config.neurons, {}
+        return config.neurons, {}, True
     split = split_clean(given.labels, config.ratio, generator=training.generator)
     if split is None:
-        return config.ratio.fallback, {}
+        return config.ratio.fallback, {}, True
     images, labels = subset((given.images, given.labels), split[0])
     judges, truth = subset((given.images, given.labels), split[1])
     part = replace(training, images=images, labels=labels)
-    needed = TUNING_STEP * (config.tuning.steps_of(len(images)) + config.tuning.steps_of(len(given.images)))
+    needed = config.tuning.steps_of(len(images)) + config.tuning.steps_of(len(given.images))  # for it and the repair
+    timed, searched = 0, True
 
     def judge(ratio: float) -> float | None:
-        if not training.deadline.fits(needed):  # for this and for the repair itself
-            return None
-        tuned, epochs = _repaired(given.model, change, ratio, part, config)
-        if not epochs.finite:  # a ratio that tuning cannot bear; or, without one, no mark to measure others by
-            return 0.0 if ratio > 0 else None
-        return (predicted_classes(tuned, judges) == truth).double().mean().item() if epochs.complete else None
+        nonlocal timed, searched
+        found = None
+        if training.deadline.fits(needed if timed else TUNING_STEP * needed, latest=timed):
+            tuned, epochs = _repaired(given.model, change, ratio, part, config)
+            timed += epochs.steps
+            found = _held_out_accuracy(tuned, epochs, ratio, judges, truth)
+        searched = searched and found is not None
+        return found
 
-    return largest_bearable(judge, config.ratio, len(judges))
+    return *largest_bearable(judge, config.ratio, len(judges)), searched
+
+
+def _held_out_accuracy(tuned: nn.Module, epochs: Epochs, ratio: float, judges: Tensor, truth: Tensor) -> float | None:
+    if not epochs.finite:  # a ratio that tuning cannot bear; or, without one, no mark to measure others by
+        return 0.0 if ratio > 0 else None
+    return (predicted_classes(tuned, judges) == truth).double().mean().item() if epochs.complete else None
 
 
 def _repaired(model: nn.Module, change: Mapping[str, Tensor], ratio: float, training: Training,

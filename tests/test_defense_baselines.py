@@ -469,7 +469,7 @@ def test_the_threshold_is_the_last_before_accuracy_falls(drop):
             break
         expected = threshold
     before = copy.deepcopy(model)
-    assert choose_threshold(model, masks, IMAGES, truth, config, Deadline()) == (expected, seen)
+    assert choose_threshold(model, masks, IMAGES, truth, config, Deadline()) == (expected, seen, True)
     assert same(model, before) and expected is not None
     assert (expected == config.thresholds[-1]) == (drop == 1.0)
 
@@ -483,7 +483,7 @@ def test_masks_are_learned_on_one_part_and_judged_on_the_other():
     learned, judges = split_clean(labels, RatioConfig(), generator=generator)
     masks, losses = masks_by_hand(model, config, 4, generator, images[learned], labels[learned])
     assert len(judges) == 20 and found.losses == pytest.approx(losses)
-    threshold, tried = choose_threshold(model, masks, images[judges], labels[judges], config, Deadline())
+    threshold, tried, _ = choose_threshold(model, masks, images[judges], labels[judges], config, Deadline())
     assert found.details["threshold"] == threshold
     assert found.details["tried"] == {str(key): value for key, value in tried.items()}
     assert same(found.model, pruned_copy(model, masks, threshold))
@@ -497,7 +497,23 @@ def test_the_threshold_that_the_paper_fixes_is_taken_without_judges():
     torch.randperm(len(IMAGES), generator=generator)  # drawn to part images that judge, before these are too few
     model, masks = a_model(), masks_by_hand(a_model(), config, 3, generator)[0]
     with_none = choose_threshold(model, masks, IMAGES, LABELS, config, Deadline(1.0, clock=Clock(2.0)))
-    assert with_none == (0.2, {}) and same(found.model, pruned_copy(model, masks, 0.2))
+    assert with_none == (0.2, {}, False) and same(found.model, pruned_copy(model, masks, 0.2))
+
+
+def test_a_search_of_thresholds_that_time_ends_is_not_complete(monkeypatch):
+    clock = Clock(0.0)
+
+    def judged(net, images, labels):
+        clock.seconds += 1
+        return 1.0
+
+    monkeypatch.setattr(adversarial_pruning, "clean_accuracy", judged)
+    config = AdversarialPruningConfig(rate=0.5, batch=48, steps=1)
+    many = {"images": IMAGES.repeat(4, 1, 1, 1), "labels": LABELS.repeat(4)}
+    cut, whole = (defended("anp", config=config, deadline=Deadline(limit, clock=clock), **many)
+                  for limit in (8.0, 99.0))
+    assert not cut.complete and not cut.failed and 0 < len(cut.details["tried"]) < 19
+    assert whole.complete and len(whole.details["tried"]) == 19
 
 
 def test_a_pruning_that_costs_too_much_is_not_given_back(monkeypatch):

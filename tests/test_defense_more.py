@@ -560,6 +560,21 @@ def test_an_oracle_that_finds_nothing_better_has_failed():
     assert best_threshold(model, masks, test, PRUNING, Deadline(1.0, clock=Clock(2.0))) == (None, {})
 
 
+def test_an_oracle_whose_search_time_ends_is_not_complete(monkeypatch):
+    clock, judge = Clock(0.0), OracleTest.judge
+
+    def slow(test, model):
+        clock.seconds += 1
+        return judge(test, model)
+
+    monkeypatch.setattr(OracleTest, "judge", slow)
+    model = a_fickle_model()
+    config = OraclePruningConfig(PRUNING, an_oracle(model, 0))
+    cut, whole = (defended("anp-oracle", model, config, deadline=Deadline(limit, clock=clock)) for limit in (4.0, 99.0))
+    assert not cut.complete and 0 < len(cut.details["tried"]) < 5
+    assert whole.complete and len(whole.details["tried"]) == 5
+
+
 def test_an_oracle_without_its_images_is_refused(refuses):
     with refuses(r"OraclePruningConfig.test: expected an OracleTest, the triggered test images, found none"):
         defended("anp-oracle", config=OraclePruningConfig())

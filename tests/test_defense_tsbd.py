@@ -230,6 +230,27 @@ def test_the_chosen_ratio_is_the_largest_that_held_out_images_bear(monkeypatch):
     assert found.details["tried"]["0.0"] == 1.0 and found.details["tried"]["0.25"] == 0.85
 
 
+@pytest.mark.parametrize(("limit", "tried"), [(150, 5), (130, 4)])
+def test_time_for_a_ratio_is_told_by_tunings_own_steps(monkeypatch, limit, tried):
+    """Unlearning takes 1 s, each tuning 10 steps of 2 s: before the fifth, at 81 s, two need 60 s with caution."""
+    clock, pace, tune = Clock(0.0), [1.0], tsbd.activeness_aware_finetuning
+
+    def slow(images, generator):
+        clock.seconds += pace[0]
+        return images
+
+    def tuning(*given):
+        pace[0] = 2.0
+        return tune(*given)
+
+    monkeypatch.setattr(tsbd, "activeness_aware_finetuning", tuning)
+    config = replace(ONE_PASS, neurons=None, tuning=TuningConfig(epochs=10, steps=0), ratio=RatioConfig(budget=0.9))
+    found = defended(images=IMAGES.repeat(5, 1, 1, 1), labels=LABELS.repeat(5), config=config, augment=slow,
+                     deadline=Deadline(limit, clock=clock))
+    assert len(found.details["tried"]) == tried and found.complete == (tried == 5) and not found.failed
+    assert len(found.losses) == 10 and clock.seconds == 1 + 20 * (tried + 1)
+
+
 def test_without_a_finite_mark_the_fallback_is_taken():
     found = defended(images=IMAGES.repeat(5, 1, 1, 1), labels=LABELS.repeat(5), augment=nan_from(2),
                      config=replace(ONE_PASS, neurons=None, tuning=TuningConfig(epochs=1, steps=0)))
