@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from data.errors import expect
@@ -24,8 +24,9 @@ from retrieval.compose import (
     compose,
     gallery_vectors,
 )
-from retrieval.encoder import Encoder
+from retrieval.encoder import CONFIGS, VOCABULARY, WEIGHTS, Encoder, one_of
 from retrieval.prompts import TextCache
+from retrieval.weight_files import read_tensors
 
 SETTINGS, STATISTICS = "composer.json", "composer.safetensors"
 
@@ -67,6 +68,12 @@ def save_composer(folder: Path, config: ComposerConfig, statistics: Statistics =
     write_json(Path(folder) / SETTINGS, asdict(config))
 
 
+def files_read(folder: Path) -> dict[str, Path]:
+    """The files of an encoder's folder that are read, by the names that ours have."""
+    found = {CONFIGS[0]: one_of(folder, CONFIGS), WEIGHTS[0]: one_of(folder, WEIGHTS)}
+    return found | {name: folder / name for name in (VOCABULARY, SETTINGS, STATISTICS) if (folder / name).is_file()}
+
+
 def read_settings(file: Path) -> ComposerConfig:
     """The config of a `composer.json`; published where there is none. Errors name the file and the key."""
     if not file.exists():
@@ -98,7 +105,7 @@ def read_statistics(file: Path) -> Statistics:
     """Means and bank of a `composer.safetensors`; none where there is no file."""
     if not file.exists():
         return NO_STATISTICS
-    found = load_file(file)
+    found = read_tensors(file)
     shapes = {"text_mean": 1, "image_mean": 1, "bank": 2}
     for name, value in found.items():
         expect(name in shapes, file, f"tensors out of {', '.join(shapes)}", name)

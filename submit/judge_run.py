@@ -8,17 +8,21 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+
 from data.errors import InputError, expect
 from data.files import write_json
+from data.images import list_images
 from data.model_zoo import MODEL, ZooModel, load_model
 from data.retrieval_set import find_retrieval_set
 from submit.dev_splits import ROOT
 from submit.import_closure import import_closure
+from submit.intervals import share_interval
 from submit.results import Result, Split
 from submit.rules import Limits, place
 from submit.sandbox import BOX, MEANING, Access, Box, Ending, Event, make_box, run_boxed
@@ -82,7 +86,7 @@ def run_submission(package: Submission, data: Path, out: Path, judge: Judge) -> 
              *_event_lines(package, progress.endings)]
     result = None
     try:
-        result = _of_all(module.evaluate(split, out, judge.seed), split)
+        result = _of_all(module.evaluate(split, out, judge.seed), split, judge.seed)
         lines.append(_score_line(package, result, progress))
         if not progress.failed:  # else their reason is named already
             lines += [Line(False, "answers", str(problem)) for problem in result.problems[:LISTED]]
@@ -114,8 +118,9 @@ def _run_backdoor(package: Submission, split: Split, data: Path, folder: Path, o
             continue
         given[str(number)] = _given(model, str(number), folder)
         models[str(number)] = model
-    images = tuple(Path(g["images"]) for g in given.values())
-    access = Access(given=images, file_access=package.rules.package.file_access)
+    images = [path for folder_of in dict.fromkeys(Path(g["images"]) for g in given.values())
+              for path in list_images(folder_of)]
+    access = Access(given=_folders(images), file_access=package.rules.package.file_access)
     box = make_box(folder / "box", package.root, access)
     _stage_modules(box.folder / "modules")
     progress = Progress()
@@ -185,7 +190,9 @@ def _run_retrieval(package: Submission, split: Split, data: Path, folder: Path, 
     frames = {SIDES[0]: split.data.queries[["query_image", "query_text"]], SIDES[1]: split.data.database}
     given = {side: {c: [_path(v, c) for v in frame[c]] for c in frame} for side, frame in frames.items()}
     table, images = find_retrieval_set(data)
-    access = Access(given=(images.resolve(),), hidden=(table.name,))  # the table has the targets
+    files = [images / "x", *(Path(path) for columns in given.values() for name, column in columns.items()
+                             if name != "query_text" for path in column)]
+    access = Access(given=_folders(files), hidden=(table.name,))  # the table has the targets
     box = make_box(folder / "box", package.root, access)
     progress = Progress()
     progress.endings.append(_run_functions(package, box, access, {"given": given}, judge))
@@ -202,6 +209,11 @@ def _run_retrieval(package: Submission, split: Split, data: Path, folder: Path, 
     return progress, split
 
 
+def _folders(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Where the files really lie: data may be links to a store."""
+    return tuple(sorted({path.resolve().parent for path in files}))
+
+
 def _path(value: str, column: str) -> str:
     return str(Path(value).resolve()) if column != "query_text" else value
 
@@ -210,7 +222,8 @@ def _run_anomaly(package: Submission, split: Split, data: Path, folder: Path, ou
                  ) -> tuple[Progress, Split]:
     """`run.sh` in the package's folder, with the data beside it."""
     rule = package.rules.package
-    access = Access(rule.output, (data.resolve(),), rule.hidden, rule.file_access)
+    images = [image.path for category in split.units.values() for image in category.images]
+    access = Access(rule.output, (data.resolve(), *_folders(images)), rule.hidden, rule.file_access)
     box = make_box(folder / "box", package.root, access)
     expect(not (box.package / "data").exists(), package.root / "data", "nothing: the judge's data lie there", "a file")
     (box.package / "data").symlink_to(data.resolve())
@@ -296,7 +309,9 @@ def _limit_lines(limits: Limits, progress: Progress) -> Iterator[Line]:
         took = f"more than {limits.seconds_per_sample:.1f} s" if over else f"{longest:.1f} s at most"
         yield Line(not over, "time a sample", f"{took}, limit {limits.seconds_per_sample:g}")
     peak = max((ending.peak_bytes for ending in endings), default=0)
-    yield Line("memory_bytes" not in met, "memory", f"{peak / GIB:.2f} GiB, limit {limits.memory_gib:g}")
+    least = min((ending.memory_bytes for ending in endings), default=0) / GIB
+    here = "" if least >= limits.memory_gib else f"; here {least:.1f}, as no more was free"
+    yield Line("memory_bytes" not in met, "memory", f"{peak / GIB:.2f} GiB, limit {limits.memory_gib:g}{here}")
     most = max((ending.peak_processes for ending in endings), default=0)
     left = sum(ending.left_running for ending in endings if ending.ended == "exit")
     yield Line("processes" not in met and not left, "processes",
@@ -340,12 +355,15 @@ def _event_text(event: Event) -> str:
     return f"{where}: {event.what}{' (denied)' if event.denied else ''}"
 
 
-def _of_all(result: Result, split: Split) -> Result:
+def _of_all(result: Result, split: Split, seed: int) -> Result:
     """The result over every model that was given: one without an answer counts as wrong."""
-    if result.counted != "models" or result.n == len(split.units):
+    total = len(split.units)
+    if result.counted != "models" or result.n == total:
         return result
-    note = f"{len(split.units) - result.n} of {len(split.units)} models have no answer: the value counts them as wrong"
-    return replace(result, value=result.value * result.n / len(split.units), notes=(*result.notes, note))
+    correct = np.array([part["correct"] for part in result.parts] + [False] * (total - result.n))
+    note = f"{total - result.n} of {total} models have no answer: the value counts them as wrong"
+    return replace(result, value=100 * float(correct.mean()), interval=share_interval(correct, seed), n=total,
+                   notes=(*result.notes, note))
 
 
 def _score_line(package: Submission, result: Result, progress: Progress) -> Line:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -178,16 +180,17 @@ def _preset_nets(task: str, choice: Choice) -> dict[str, bytes]:
 def _replace_nets(contents: dict[str, bytes], choice: Choice) -> None:
     """Encoder and parser of a folder of weights in place of the embedded ones; a part that it lacks stays."""
     expect(choice.preset == "embedded", "--preset", "anomaly, the task that has presets", "retrieval")
-    from retrieval.encoder import CONFIGS, WEIGHTS
+    from retrieval.composer import files_read
+    from retrieval.parser import FILES
     from submit.weights_registry import retrieval_folders
 
-    ours = {theirs: names[0] for names in (CONFIGS, WEIGHTS) for theirs in names}
     for part, folder in retrieval_folders(choice.weights).items():
         place = ENCODER.parent.with_name(part)
         for name in [name for name in contents if Path(name).is_relative_to(place)]:
             del contents[name]
-        for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in LEFT_OUT):
-            contents[str(place / ours.get(file.name, file.name))] = _weights(file, choice) or file.read_bytes()
+        files = files_read(folder) if part == "encoder" else {name: folder / name for name in FILES}
+        for name, file in sorted(files.items()):
+            contents[str(place / name)] = _weights(file, choice) or file.read_bytes()
     expect(str(ENCODER) in contents, choice.weights, "weights of an encoder in encoder/", "none")
 
 
@@ -250,7 +253,8 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
             with new_folder(folder) as scratch:
                 for entry in entries:
                     _unpack_entry(packed, entry, scratch)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError,
+            ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{archive}: expected a whole zip file, found {error}") from None

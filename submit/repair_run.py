@@ -54,8 +54,8 @@ def with_repairs(result: Result, models: Mapping[str, ZooModel], sets: Path | No
 
 def _found_or_made(sample: ZooModel, sets: Path | None, kept: Path) -> dict[str, Any]:
     code = (ROOT / "defense" / "repair.py", ROOT / "defense" / "folder_images.py", Path(__file__))
-    key = fingerprint(sample.folder / MODEL, *list_images(sample.images_folder), json.dumps(sample.record), str(sets),
-                      str(chosen_device()), code_of("tsbd"), *code)
+    key = fingerprint(sample.name, sample.folder / MODEL, *list_images(sample.images_folder),
+                      json.dumps(sample.record), str(sets), str(chosen_device()), code_of("tsbd"), *code)
     path = kept / "units" / f"{key}.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -28,6 +28,7 @@ MEANING = {
     "audit": "audit hooks alone: Python code is held, native code and shell scripts are not",
 }
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev", "/opt", "/run", "/var/lib")
+SERVICES = "/run"  # where programs of the machine listen on sockets in the file system
 KEPT = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")  # of the user's environment
 MEMORY_SHARE = 0.8   # of the free memory of this machine that a program may take
 SHARED_BYTES = 2**30  # of memory that its processes may share as files
@@ -95,6 +96,7 @@ class Ending:
     errors: str  # the end of its error output
     events: tuple[Event, ...]
     watched: int  # Python processes that the hooks were in
+    memory_bytes: int  # that it might take: the rules' limit, or less where less was free
 
 
 def make_box(folder: Path, package: Path, access: Access) -> Box:
@@ -115,19 +117,19 @@ def run_boxed(command: list[str], box: Box, access: Access, limits: Limits, *, t
     writable = [box.answers, box.scratch, box.logs, *(box.package / name for name in access.output)]
     for name in ("events.jsonl", "heartbeat", "stdout", "stderr"):
         (box.logs / name).unlink(missing_ok=True)
-    config = box.folder / "watch.json"
+    config, covered = box.folder / "watch.json", _covered([box.folder, command[0], python, *access.given])
     _write(config, {"package": box.package, "writable": writable, "readable": [*SYSTEM, BOX, *access.given],
-                    "hidden": access.hidden, "file_access": access.file_access, "log": box.logs / "events.jsonl",
-                    "quiet": bool(access.output)})
-    spec = box.folder / "spec.json"
+                    "covered": covered, "hidden": access.hidden, "file_access": access.file_access,
+                    "log": box.logs / "events.jsonl", "quiet": bool(access.output)})
+    spec, held = box.folder / "spec.json", _limits(limits)
     _write(spec, {
-        "command": _confined(command, tier, writable, config), "folder": box.package, "limits": _limits(limits),
-        "environment": _environment(box, python, config) | environment,
+        "command": _confined(command, tier, writable, covered, config), "folder": box.package,
+        "limits": held, "environment": _environment(box, python, config) | environment,
         "watched": [box.scratch, *(box.package / name for name in access.output)], "ours": [box.logs, box.answers],
         "heartbeat": box.logs / "heartbeat", "stdout": box.logs / "stdout", "stderr": box.logs / "stderr",
         "outcome": box.folder / "outcome.json"})
     _supervise(spec)
-    return _ending(box)
+    return _ending(box, held["memory_bytes"])
 
 
 def _write(path: Path, value: dict) -> None:
@@ -162,12 +164,19 @@ def _environment(box: Box, python: str, config: Path) -> dict[str, str]:
         "KIT_BOX": str(config)}
 
 
-def _confined(command: list[str], tier: str, writable: list[Path], config: Path) -> list[str]:
+def _covered(needed: list[Path | str]) -> list[str]:
+    """Folders that are empty in the box: where services listen, unless something that it needs lies there."""
+    inside = any(Path(path).is_relative_to(SERVICES) for given in needed for path in (given, os.path.realpath(given)))
+    return [] if inside or not Path(SERVICES).is_dir() else [SERVICES]
+
+
+def _confined(command: list[str], tier: str, writable: list[Path], covered: list[str], config: Path) -> list[str]:
     if tier == "bubblewrap":
         binds = [part for path in writable for part in ("--bind", str(path), str(path))]
         devices = [part for path in sorted(Path("/dev").glob("nvidia*")) for part in ("--dev-bind", path, path)]
         return ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", *map(str, devices), "--size", str(SHARED_BYTES),
-                "--tmpfs", "/dev/shm", "--proc", "/proc", *binds,
+                "--tmpfs", "/dev/shm", "--proc", "/proc", *(part for path in covered for part in ("--tmpfs", path)),
+                *binds,
                 "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent",
                 "--cap-drop", "ALL", "--", *command]
     if tier == "namespaces":
@@ -187,14 +196,14 @@ def _supervise(spec: Path) -> None:
         raise
 
 
-def _ending(box: Box) -> Ending:
+def _ending(box: Box, memory_bytes: int) -> Ending:
     outcome = json.loads((box.folder / "outcome.json").read_text(encoding="utf-8"))
     records = list(_records(box.logs / "events.jsonl"))
     events = [Event(r["kind"], _inside(r["what"], box), r["line"], r["denied"])
               for r in records if r["kind"] != "start"]
     errors = _inside(_last_output(box.logs / "stderr"), box)
     return Ending(**outcome, errors=errors, events=tuple(dict.fromkeys(events)),
-                  watched=sum(r["kind"] == "start" for r in records))
+                  watched=sum(r["kind"] == "start" for r in records), memory_bytes=memory_bytes)
 
 
 def _inside(text: str, box: Box) -> str:
@@ -242,10 +251,10 @@ def _works(tier: str) -> bool:
     if tier == "audit":
         return True
     with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
-        config.write('{"writable": []}')
+        config.write('{"writable": [], "covered": []}')
         config.flush()
         try:
-            done = subprocess.run(_confined(["true"], tier, [], Path(config.name)), capture_output=True,
+            done = subprocess.run(_confined(["true"], tier, [], [], Path(config.name)), capture_output=True,
                                   timeout=PROBE_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return False

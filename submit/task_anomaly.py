@@ -48,8 +48,9 @@ def evaluate(split: Split, folder: Path, seed: int) -> Result:
         parts.append(part)
         draws.append(resampled)
         if "pixel_aupro" in part["undefined"] and "pixel_auroc" not in part["undefined"]:
-            problems.append(InputError(f"{root / category.name} maps: expected scores that differ where normal pixels "
-                                       "do, as the organizers' evaluation else ends here, found none"))
+            problems.append(InputError(f"{root / category.name} maps: expected different scores among the highest 30 % "
+                                       "of the normal pixels, without which the organizers' evaluation has no result, "
+                                       "found none"))
     expect(parts, root, "scores of at least one category", problems[0] if problems else "none")
     return _combine(parts, draws, tuple(problems))
 

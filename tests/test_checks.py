@@ -229,6 +229,14 @@ def test_what_torch_and_numpy_save_is_no_breach(package):
     assert "weights" not in breaches(folder)
     np.save(folder / "y.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert breaches(folder)["weights"][0].found == "an array of Python objects"
+    (folder / "y.npy").unlink()
+    np.savez(folder / "z.npz", a=np.ones(3), b=np.array([{}], dtype=object))
+    assert breaches(folder)["weights"][0].found == "b.npy: an array of Python objects"
+    np.savez_compressed(folder / "z.npz", a=np.arange(1000))
+    content = bytearray((folder / "z.npz").read_bytes())
+    content[60:90] = b"\xff" * 30
+    (folder / "z.npz").write_bytes(content)
+    assert breaches(folder)["weights"][0].found.startswith("a file that cannot be read")
 
 
 def test_source_that_is_too_large_or_no_source_stops_its_own_rules_only(package):

@@ -125,6 +125,16 @@ def test_finished_runs_are_found_again(zoo, capsys, monkeypatch):
     assert len(calls) == 9  # spoiled ones are measured again
 
 
+def test_a_renamed_network_is_judged_anew(zoo, capsys):
+    """Its name decides which clean images it gets, and stands in its unit."""
+    assert defend(capsys, zoo)[0] == 0
+    records = json.loads((zoo / "zoo.json").read_text())["models"]
+    write_records(zoo, {name.replace("badnets", "mine"): record for name, record in records.items()})
+    (zoo / BADNETS).rename(zoo / BADNETS.replace("badnets", "mine"))
+    status, out, _ = defend(capsys, zoo, "--json")
+    assert status == 0 and "digits-mine-0.1-0" in out and BADNETS not in out
+
+
 def test_a_failed_repair_is_reported_with_the_network_as_it_was(zoo, capsys, monkeypatch):
     def lost(method, model, images, labels, settings, **rest):
         return DefenseResult(method, model, finite=False, complete=False, failed="no finite epoch of tuning",

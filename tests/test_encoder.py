@@ -1,5 +1,6 @@
 """The dual encoder: one path for the small and the full model, raw embeddings, refused files."""
 import json
+import shutil
 
 import numpy as np
 import open_clip
@@ -126,6 +127,20 @@ def test_missing_files_and_misfitting_weights_are_named(folder, tmp_path, refuse
         load_strictly(model, state | {"stranger": torch.zeros(1)}, "w")
     with refuses(r"w logit_scale: expected \(\), found \(2,\)"):
         load_strictly(model, state | {"logit_scale": torch.zeros(2)}, "w")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("config.json", "{", r"config.json: expected JSON, found"),
+    ("config.json", "[]", r"config.json: expected a table model_cfg, found none"),
+    ("config.json", '{"model_cfg": {"embed_dim": 3}, "preprocess_cfg": {}}',
+     r"config.json: expected settings of an open_clip model, found TypeError"),
+    ("model.safetensors", "zz", r"model.safetensors: expected a whole safetensors file, found"),
+    ("vocabulary.json", "{", r"vocabulary.json: expected JSON, found")])
+def test_spoiled_files_are_named(folder, tmp_path, refuses, name, content, message):
+    shutil.copytree(folder, tmp_path / "mine")
+    (tmp_path / "mine" / name).write_text(content)
+    with refuses(message):
+        load_encoder(tmp_path / "mine", device="cpu")
 
 
 def test_the_full_model_is_the_one_open_clip_builds():

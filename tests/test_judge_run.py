@@ -137,6 +137,36 @@ def test_calls_to_the_network_are_denied_and_named(boxed):
     assert found == [("socket.getaddrinfo", "main.py:6", True), ("socket.getaddrinfo", "main.py:14", True)]
 
 
+def test_services_of_the_machine_are_not_reached(boxed, tmp_path):
+    """They listen on sockets in the file system, which no read-only mount closes; the program's own are left to it."""
+    (tmp_path / "machine").mkdir()
+    with socket.socket(socket.AF_UNIX) as service:
+        service.bind(str(tmp_path / "machine" / "agent"))
+        service.listen()
+        ending = boxed(f"""import os, socket
+socket.socket(socket.AF_UNIX).bind(os.environ["TMPDIR"] + "/own")
+own, other = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+own.bind(os.environ["TMPDIR"] + "/one")
+own.listen()
+other.connect(os.environ["TMPDIR"] + "/one")
+try:
+    socket.socket(socket.AF_UNIX).connect({str(tmp_path / "machine" / "agent")!r})
+except PermissionError:
+    pass
+""")
+    assert (ending.status, ending.errors) == (0, "")
+    assert named(ending, "network") == [("agent", "main.py:8")] and ending.events[0].denied
+
+
+@pytest.mark.parametrize("tier", CONTAINED)
+def test_the_folder_of_services_is_empty(tmp_path, tier):
+    run = runner(tmp_path, tier)
+    ending = run("", command=["/bin/sh", "-c", "test -z \"$(ls -A /run)\""])
+    assert ending.status == (0 if Path("/run").is_dir() else 2)
+    assert sandbox._covered(["/run/me/python"]) == [] and sandbox._covered(["/usr/bin/python"]) == (
+        ["/run"] if Path("/run").is_dir() else [])
+
+
 @pytest.mark.parametrize("tier", CONTAINED)
 def test_programs_without_hooks_have_no_network_and_write_nowhere(tmp_path, tier):
     """Native code does not ask Python: here the kernel has to say no."""
@@ -296,8 +326,8 @@ for image in sorted(Path("data").glob("*/test/*/*.png")):
     value = float(image.parts[-2] != "good")
     target.write_text(json.dumps({
         "img_level_score": {"__ndarray__": value, "dtype": "float64", "shape": []},
-        "pix_level_score": {"__ndarray__": [[[value] * 224] * 112 + [[0.5] * 224] * 112], "dtype": "float64",
-                            "shape": [1, 224, 224]}}))
+        "pix_level_score": {"__ndarray__": [[[value] * 224] * 112 + [[i / 224] * 224 for i in range(112)]],
+                            "dtype": "float64", "shape": [1, 224, 224]}}))
 """
 
 
@@ -346,6 +376,20 @@ def test_a_submission_is_run_and_scored(submission, parts, tmp_path, capsys):
     assert record["judge"]["tier"] == best_tier() and record["results"][0]["parts"][0]["image_auroc"] == 100
     assert {line["rule"] for line in record["judge"]["verdicts"]} >= {"time", "memory", "network", "score"}
     assert not (folder / "output_scores").exists()  # it worked on a copy
+
+
+def test_data_may_be_links_to_a_store(submission, parts, tmp_path):
+    """What `score` follows is no breach; the masks are hidden wherever they lie."""
+    (tmp_path / "store").mkdir()
+    for kind in ("test", "ground_truth"):
+        (parts / "nut" / kind).rename(tmp_path / "store" / f"{kind}-of-nut")
+        (parts / "nut" / kind).symlink_to(tmp_path / "store" / f"{kind}-of-nut")
+    reading = "for path in sorted(Path('data/nut/test').glob('*/*')):\n    path.read_bytes()\n"
+    spying = "for path in sorted(Path('data/nut/ground_truth').glob('*/*')):\n    path.read_bytes()\n"
+    assert judged(submission("from pathlib import Path\n" + SCORER + reading), parts, tmp_path)[1] == []
+    shutil.rmtree(tmp_path / "mine")
+    broken = judged(submission("from pathlib import Path\n" + SCORER + spying), parts, tmp_path)[1]
+    assert {rule for rule, _ in broken} == {"reads the truth"}
 
 
 def test_reading_the_masks_breaks_the_rules(submission, parts, tmp_path):
@@ -502,10 +546,12 @@ def test_models_that_cannot_be_answered_are_named_and_the_others_are(tmp_path):
     found, broken = judged(folder, zoo, tmp_path, "backdoor")
     assert ("answers", f"{names[1]}: main.py:8: RuntimeError: no idea") in broken
     assert ("answers", f"{names[2]}: returned array([0, 1]), neither 0 nor 1") in broken
-    assert found.result.n == 1 and {rule for rule, _ in broken} == {"answers", "score"}
+    assert found.result.n == 3 and len(found.result.parts) == 1 and {rule for rule, _ in broken} == {"answers", "score"}
     value = float(next(text for rule, text in broken if rule == "score").split("% ")[1].split()[0])
     assert value == pytest.approx(found.result.value, abs=0.01) and value in (0, pytest.approx(100 / 3, abs=0.01))
     assert found.result.notes == ("2 of 3 models have no answer: the value counts them as wrong",)
+    low, high = found.result.interval
+    assert low <= found.result.value <= high
 
 
 @pytest.mark.parametrize(("ended", "calls", "reasons"), [
@@ -525,7 +571,7 @@ def test_after_a_model_that_was_stopped_the_others_go_on(tmp_path, monkeypatch, 
             (box.answers / f"{name}.json").write_text(json.dumps({"answer": 1, "problem": None, "seconds": 0.5}))
         last = len(asked) == 2
         how = ("exit", 0) if last else (ended, -9)
-        return Ending(*how, 1.0, 0, 1, 0, 0, None if last else "1", "Killed", (), 1)
+        return Ending(*how, 1.0, 0, 1, 0, 0, None if last else "1", "Killed", (), 1, 2**30)
 
     monkeypatch.setattr("submit.judge_run._run_functions", run)
     folder = tmp_path / "mine"
@@ -535,7 +581,7 @@ def test_after_a_model_that_was_stopped_the_others_go_on(tmp_path, monkeypatch, 
     assert [text.split(": ", 1)[1] for rule, text in broken if rule == "answers"] == reasons
     over = [text for rule, text in broken if rule == "time a sample"]  # bug: said the time of those that were answered
     assert over == (["more than 60.0 s, limit 60"] if ended == "seconds_per_sample" else [])
-    assert found.result.n == (2 if calls == 2 else 1) and names[0] == found.result.parts[0]["model"]
+    assert len(found.result.parts) == (2 if calls == 2 else 1) and names[0] == found.result.parts[0]["model"]
 
 
 def test_retrieval_functions_are_called_as_the_judge_calls_them(tmp_path):

@@ -172,6 +172,17 @@ def test_no_category_ends_the_others(packages, tmp_path, monkeypatch, capsys):
     assert values.shape == (1, 224, 224) and len(np.unique(values)) > 100
 
 
+def test_a_zip_with_damaged_content_is_named(tmp_path, refuses):
+    path = tmp_path / "mine.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("main.py", "x = 1\n" * 1000)
+    content = bytearray(path.read_bytes())
+    content[40:60] = b"\xff" * 20
+    path.write_bytes(content)
+    with refuses("mine.zip: expected a whole zip file, found"):
+        unpack(path, tmp_path / "to", 10**6)
+
+
 def test_presets_bring_their_nets(tmp_path, refuses):
     net = tmp_path / "nets" / "vit_large_patch14_clip_336" / "model.safetensors"
     net.parent.mkdir(parents=True)
@@ -207,6 +218,21 @@ def test_an_encoder_of_ones_own_takes_the_place_of_the_embedded_one(tmp_path, re
     statistics = load_file(made.folder / "retrieval" / "weights" / "encoder" / "composer.safetensors")
     assert statistics["mean"].dtype == torch.float32  # not the weights of a net
     assert "retrieval/weights/parser/model.safetensors" in made.files
+
+
+def test_the_weights_that_are_scored_are_those_that_are_packaged(tmp_path):
+    """Of two files of weights the loader reads one; what it does not read stays out."""
+    mine = tmp_path / "nets" / "encoder"
+    mine.mkdir(parents=True)
+    for value, name in enumerate(("model.safetensors", "open_clip_model.safetensors")):
+        save_file({"w": torch.full((3,), float(value))}, mine / name)
+    for name in ("config.json", "open_clip_config.json", "README.md", "open_clip_pytorch_model.bin"):
+        (mine / name).write_text(json.dumps(name))
+    made = build_package("retrieval", tmp_path / "a", Choice(weights=tmp_path / "nets"), tried=False)
+    assert torch.load(made.folder / "weights.pth", weights_only=True)["w"].tolist() == [0, 0, 0]
+    inside = made.folder / "retrieval" / "weights" / "encoder"
+    assert [p.name for p in inside.iterdir()] == ["config.json"]
+    assert json.loads((inside / "config.json").read_text()) == "config.json"
 
 
 def test_float16_only_where_it_holds_the_numbers():

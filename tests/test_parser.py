@@ -164,6 +164,18 @@ def test_legal_steps():
         ["O"], ["I-add"], ["I-add"], ["I-remove"], ["I-remove"]]
 
 
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("config.json", "{", "config.json: expected JSON, found"),
+    ("config.json", "[]", "expected the configuration and the weights of one parser, found"),
+    ("tokenizer.json", "{}", "tokenizer.json: expected a tokenizer, found"),
+    ("model.safetensors", "zz", "model.safetensors: expected a whole safetensors file, found")])
+def test_spoiled_files_are_named(tmp_path, refuses, name, content, message):
+    shutil.copytree("retrieval/weights/parser", tmp_path / "mine")
+    (tmp_path / "mine" / name).write_text(content)
+    with refuses(message):
+        load_parser(tmp_path / "mine", CPU)
+
+
 def test_compounds_are_glued():
     text = "x-ray chef’s hat—'quoted' 12-inch, o'clock - no jack-o'-lantern"
     assert [word.plain for word in split_words(text) if word.glued] == [
@@ -436,7 +448,7 @@ def test_weights_with_other_labels_or_missing_tensors_are_refused(tmp_path, refu
     tensors = load_file(tmp_path / "copy" / "model.safetensors")
     tensors.pop("classifier.bias")
     save_file(tensors, tmp_path / "copy" / "model.safetensors")
-    with pytest.raises(RuntimeError, match=r"Missing key.*classifier.bias"):
+    with refuses("expected the configuration and the weights of one parser, found Missing key.*classifier.bias"):
         load_parser(tmp_path / "copy", CPU)
 
 

@@ -201,7 +201,7 @@ def test_empty_folder_and_missing_scores(capsys, parts, tmp_path):
     write_scores(tmp_path / "empty", "bolt", trees[0].images, np.linspace(0, 1, 5), np.zeros((5, 1, 224, 224)))
     status, out, err = run(capsys, "score", "anomaly", "--data", parts, "--predictions", tmp_path / "empty")
     assert status == 1 and "nut" in err and "undefined, counted as 0: pixel_aupro" in out
-    assert "bolt maps: expected scores that differ where normal pixels do, as the organizers' evaluation else" in err
+    assert "bolt maps: expected different scores among the highest 30 % of the normal pixels, without which" in err
 
 
 def test_interrupted_work_is_found_again(capsys, parts, monkeypatch, tmp_path):

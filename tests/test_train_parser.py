@@ -1,7 +1,9 @@
 """The start of the parser's training against the library's BERT, pruning by hand, checkpoints, integer products."""
 import copy
 import json
+import shutil
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -318,10 +320,11 @@ def test_training_from_a_pretrained_encoder_writes_a_narrower_parser(tmp_path, h
 
 
 def test_a_trained_parser_is_trained_on_in_one_stage_with_all_its_pieces(tmp_path, hub):
-    first = train(tmp_path / "first", seed=1, start=hub, config=TINY)
-    lines = []
-    card = train(tmp_path / "second", seed=2, start=tmp_path / "first", config=TINY, progress=lines.append)
+    config = replace(TINY, vocabulary=1000)
+    first = train(tmp_path / "first", seed=1, start=hub, config=config)
+    card = train(tmp_path / "second", seed=2, start=tmp_path / "first", config=config)
     assert card["parameters"] == first["parameters"] and card["start"] == "first"
+    assert card["start_card"] == json.loads(json.dumps(first)) and "start_licence" not in card
     one, two = (load_parser(tmp_path / name, CPU).tokenizer.get_vocab() for name in ("first", "second"))
     assert one == two
     assert fitted_steps(tmp_path / "first") == [7] and fitted_steps(hub) == [3, 4]
@@ -341,6 +344,26 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path, refuses):
     (tmp_path / "first" / "tokenizer.json").write_text("{}")
     with refuses("first/tokenizer.json: expected a tokenizer, found"):
         read_encoder(tmp_path / "first")
+
+
+def test_a_checkpoint_of_another_start_is_left(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(training, "_SAVED", 1)
+    monkeypatch.setattr(training, "_POOL", 1)
+    other = tmp_path / "other"
+    shutil.copytree(hub, other)
+    state = {name: torch.zeros_like(tensor) for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(state, other / "model.safetensors")
+    lines = []
+
+    def stop(line):
+        lines.append(line)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_narrowed", lambda *rest: stop("narrowed"))
+        train(tmp_path / "out", start=hub, config=TINY)
+    train(tmp_path / "out", start=other, config=TINY, progress=lines.append)
+    assert lines == ["narrowed"]  # and not: goes on
 
 
 def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path, hub, monkeypatch):

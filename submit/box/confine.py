@@ -1,7 +1,8 @@
 """Run a command with every file read-only but some folders, and with no rights left to change that.
 
 `python confine.py CONFIG COMMAND ...` inside namespaces of its own (`unshare`), where it is root and may mount.
-CONFIG: JSON with `writable`, folders. Exit status 125 where the kernel cannot do it.
+CONFIG: JSON with `writable` folders and `covered` ones, which are empty inside. Exit status 125 where the kernel cannot
+do it.
 """
 import ctypes
 import json
@@ -38,8 +39,10 @@ def mount(source, target, kind, flags, options=None):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
 
 
-def close(writable):
-    """Everything read-only but `writable` and a fresh /dev/shm."""
+def close(writable, covered):
+    """Everything read-only but `writable` and a fresh /dev/shm; nothing in `covered`."""
+    for path in covered:
+        mount("tmpfs", path, b"tmpfs", 0, b"size=1m")
     if os.path.isdir("/dev/shm"):
         mount("tmpfs", "/dev/shm", b"tmpfs", 0, SHARED)
         writable = [*writable, "/dev/shm"]
@@ -63,9 +66,9 @@ def drop_rights():
 
 def main():
     with open(sys.argv[1], encoding="utf-8") as file:
-        writable = json.load(file)["writable"]
+        config = json.load(file)
     try:
-        close(writable)
+        close(config["writable"], config["covered"])
         drop_rights()
     except OSError as error:
         print("confine:", error, file=sys.stderr)

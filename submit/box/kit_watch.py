@@ -72,7 +72,8 @@ class Watch:
             self.written(path)
             return
         real = self.real(path)
-        truth = bool(self.hidden & set(real.split(os.sep)))
+        asked = os.path.abspath(os.fsdecode(os.fspath(path)))
+        truth = bool(self.hidden & {*real.split(os.sep), *asked.split(os.sep)})
         own = real.startswith(self.package)
         allowed = self.within(real, self.readable) or (own and (not self.strict or real.endswith(SOURCE)))
         if allowed and not truth:
@@ -106,12 +107,19 @@ class Watch:
     def called(self, event, arguments):
         asks = event.startswith("socket.get")
         address = arguments[0] if asks else arguments[1]
-        if not isinstance(address, (tuple, str, bytes) if asks else tuple):
-            return  # a socket in the file system, or one that is connected
-        if event == "socket.bind" and address[0] in LOCAL:
-            return  # how libraries ask whether there is IPv6
+        if not isinstance(address, (tuple, str, bytes)):
+            return  # one that is connected
+        if event == "socket.bind" and (not isinstance(address, tuple) or address[0] in LOCAL):
+            return  # in the file system, or how libraries ask whether there is IPv6
+        if not asks and not isinstance(address, tuple) and self.own(os.fsdecode(address)):
+            return  # of the program's own processes
         self.put("network", self.shown(event, (address,)), self.line(importing=True), True)
         raise PermissionError(13, "there is no network")
+
+    def own(self, name):
+        """Whether a socket of that name is the program's: in its folders, or without a file; services of the machine
+        (containers, agents) listen elsewhere in the file system."""
+        return not name or name[0] == "\0" or self.within(self.real(name), self.writable)
 
     def shown(self, event, arguments):
         text = " ".join(str(part)[:100] for part in arguments[:2] if part is not None)
