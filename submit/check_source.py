@@ -50,6 +50,7 @@ FETCHING = re.compile(r"\b(curl|wget|git\s+clone|gdown|aria2c|scp|rsync|huggingf
 FETCHED = ("torch.hub.*", "torch.utils.model_zoo.*", "*.load_state_dict_from_url", "huggingface_hub.*_download",
            "kagglehub.*", "datasets.load_dataset", "nltk.download", "gensim.downloader.*")
 PRETRAINED = ("timm.create_model", "timm.*.create_model", "torchvision.models.*", "open_clip.create_model*")
+NAMED_WEIGHTS = re.compile(r"Weights\b")  # torchvision's, as in ResNet18_Weights.DEFAULT
 HOME = re.compile(r"(/[\w.@+-]+){2,}/?|[A-Za-z]:[\\/]\w.*|~/.*")
 SYSTEM = ("/proc/", "/sys/", "/dev/", "/usr/bin/env", "/bin/sh", "/bin/bash")
 TUNED = re.compile(r"#\s*tuned\b", re.IGNORECASE)
@@ -296,7 +297,8 @@ def _fetched(package: Submission, call: ast.Call, name: str) -> str:
         values["pretrained"] = call.args[1]
     for value in values.values():
         text = value.value if isinstance(value, ast.Constant) else dotted(value, {})
-        if text and not (isinstance(text, str) and (package.root / text).exists()):
+        written = isinstance(value, ast.Constant) or NAMED_WEIGHTS.search(text)  # another name may stand for anything
+        if text and written and not (isinstance(text, str) and (package.root / text).exists()):
             return f"weights ({text})" if isinstance(text, str) else "pretrained weights"
     return ""
 

@@ -14,6 +14,8 @@ from submit.import_closure import Closure, Place, import_closure
 from submit.rules import TASKS, Rules, rules
 from submit.source_search import Source, read_source
 
+GIT = (".git", ".gitattributes", ".gitignore")
+
 
 @dataclass(frozen=True)
 class Broken:
@@ -41,10 +43,10 @@ class Submission:
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """Everything that is no folder, links not followed, sorted."""
+        """Everything that is no folder, links not followed, sorted; without what git keeps at the root of a clone."""
         found = [Path(parent, name) for parent, folders, names in os.walk(self.root)
                  for name in (*names, *(f for f in folders if Path(parent, f).is_symlink()))]
-        return tuple(sorted(found))
+        return tuple(sorted(path for path in found if path.relative_to(self.root).parts[0] not in GIT))
 
     @property
     def code(self) -> Path:

@@ -217,6 +217,22 @@ def test_a_description_of_no_model_is_left(package):
     assert "models" not in breaches(package("backdoor", {"config.json": '{"architectures": 5}'}))
 
 
+def test_a_clone_with_weights_beside_the_code_breaks_nothing(package):
+    folder = package("retrieval", {
+        "model.py": "from pathlib import Path\nimport numpy as np\nimport open_clip\nimport timm\n\n"
+                    "WEIGHTS = Path(__file__).parent / 'weights.pth'\n\n\ndef embed(df, pretrained=False):\n"
+                    "    open_clip.create_model('ViT-B-32', pretrained=str(WEIGHTS))\n"
+                    "    timm.create_model('resnet18', pretrained=pretrained)\n    return np.ones((len(df), 2))\n",
+        "requirements.txt": "torch==2.4.0\nnumpy==1.26.4\nopen_clip_torch==2.32.0\ntimm==1.0.22\n",
+        ".git/objects/ab": "x" * 100, ".gitattributes": "*.pth filter=lfs\n", ".gitignore": "*.log\n"})
+    assert breaches(folder) == {}
+    assert not any(".git" in str(path) for path in read_submission(folder, "retrieval").files)
+    folder = package("retrieval", {"model.py": "import torchvision\n\n\ndef embed(df):\n    return torchvision.models."
+                                               "resnet18(weights=torchvision.models.ResNet18_Weights.DEFAULT)\n",
+                                   "requirements.txt": "torch==2.4.0\ntorchvision==0.19.0\n"})
+    assert "ResNet18_Weights.DEFAULT" in breaches(folder)["downloads"][0].found
+
+
 def test_what_torch_and_numpy_save_is_no_breach(package):
     import numpy as np
 
