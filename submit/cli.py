@@ -148,7 +148,8 @@ def package(
     = True,
     rules: RulesFolder = None, json: Json = False,
     push: Annotated[str | None, typer.Option(
-        help="Also to the private repository ORG/NAME of the Hugging Face hub; a finished OUT is pushed as it is.")]
+        help="Also to the private repository ORG/NAME of the Hugging Face hub, where it takes the place of what lies "
+             "there; a finished OUT is pushed as it is.")]
     = None,
 ) -> None:
     """Write what the judge of a task takes: a folder and a zip, the same bytes each time."""
@@ -157,9 +158,10 @@ def package(
     if push is None:
         write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
         return
+    from submit.package import Choice
     from submit.push import finished, print_pushed
 
-    if not finished(out, task.value, push):
+    if not finished(out, task.value, Choice(preset, weights, half), push):
         write(task.value, out, preset=preset, weights=weights, half=half, rules=rules, as_json=json)
     print_pushed(out, push)
 

@@ -60,6 +60,10 @@ class Choice:
     weights: Path | None = None
     half: bool = True  # float32 weights as float16
 
+    def named(self) -> dict[str, str | bool]:
+        """As a manifest keeps it: a folder of weights without its path, so that equal packages have equal bytes."""
+        return {"preset": self.preset, "weights": self.weights is not None, "half": self.half}
+
 
 def build_package(task: str, out: Path, choice: Choice = Choice(), *, tried: bool = True) -> Package:
     """Write the submission of `task` to the new folder `out` and to `out`.zip.
@@ -105,7 +109,7 @@ def _contents(task: str, rule: Rules, choice: Choice, folder: Path) -> dict[str,
         contents["weights.pth"] = _as_pth(contents.pop(str(ENCODER)))
     else:
         contents |= _preset_nets(task, choice)
-    contents[MANIFEST] = _manifest(task, contents)
+    contents[MANIFEST] = _manifest(task, choice, contents)
     return contents
 
 
@@ -200,10 +204,10 @@ def _as_pth(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _manifest(task: str, contents: dict[str, bytes]) -> bytes:
-    """Task and SHA-256 of every other file."""
+def _manifest(task: str, choice: Choice, contents: dict[str, bytes]) -> bytes:
+    """Task, what was chosen, and SHA-256 of every other file."""
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
-    return (json.dumps({"task": task, "sha256": sums}, indent=1) + "\n").encode()
+    return (json.dumps({"task": task, "chosen": choice.named(), "sha256": sums}, indent=1) + "\n").encode()
 
 
 def _write_all(folder: Path, contents: dict[str, bytes], rule: Rules) -> None:

@@ -46,7 +46,8 @@ def test_a_package_has_the_files_the_judge_calls_and_is_listed_in_its_manifest(p
     assert set(on_disk) == set(made.files)
     manifest = json.loads(on_disk.pop("MANIFEST.json").read_text())
     sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in on_disk.items()}
-    assert manifest == {"task": task, "sha256": sums}
+    chosen = {"preset": "embedded", "weights": False, "half": True}
+    assert manifest == {"task": task, "chosen": chosen, "sha256": sums}
     assert made.bytes == sum(p.stat().st_size for p in made.folder.rglob("*") if p.is_file())
     pins = (made.folder / "requirements.txt").read_text().splitlines()
     assert f"torch=={rule.requirements['torch']}" in pins and all("==" in pin for pin in pins)

@@ -8,7 +8,7 @@ import pytest
 
 import submit.package
 import submit.push
-from submit.package import MANIFEST, Package
+from submit.package import MANIFEST, Choice, Package
 from submit.push import check_finished, push
 from tests.fake_hub import COMMIT, FakeHub
 from tests.test_score_command import run
@@ -16,6 +16,8 @@ from tests.test_score_command import run
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's library
 FILES = {"main.py": b"def backdoor_model_detector(): ...\n", "requirements.txt": b"torch==2.4.0\n",
          "weights/net.pth": bytes(range(256)) * 8}
+
+CHOICE = Choice()
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def write_package(folder, files=FILES):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    (folder / MANIFEST).write_text(json.dumps({"task": "backdoor", "sha256": sums}))
+    (folder / MANIFEST).write_text(json.dumps({"task": "backdoor", "chosen": CHOICE.named(), "sha256": sums}))
     return folder
 
 
@@ -64,9 +66,16 @@ def test_every_file_arrives_in_one_commit_of_a_private_repository(hub, tmp_path)
 
 
 def test_what_was_there_before_and_is_not_in_the_package_goes(hub, tmp_path):
-    hub.there = ["old.py", "main.py", ".gitattributes"]
+    hub.there = ["old.py", "main.py", ".gitattributes", MANIFEST]
     push(write_package(tmp_path / "mine"), "org/name")
     assert [file["path"] for file in operations(hub, "deletedFile")] == ["old.py"]
+
+
+def test_a_repository_with_something_else_in_it_is_left_alone(hub, tmp_path, refuses):
+    hub.there = ["thesis.tex", ".gitattributes"]
+    with refuses("--push org/name: expected an empty repository, or one with a package in it, found other files: the"):
+        push(write_package(tmp_path / "mine"), "org/name")
+    assert not hub.commits
 
 
 def test_nothing_is_sent_to_a_repository_that_everybody_can_read(hub, tmp_path, refuses):
@@ -117,14 +126,16 @@ def test_the_option_packs_then_pushes_and_takes_a_finished_folder_as_it_is(capsy
 def test_only_a_whole_package_of_the_task_counts_as_finished(tmp_path, refuses):
     (tmp_path / "empty").mkdir()
     with refuses("empty: expected a path where nothing lies yet, or a finished package to push, found another folder"):
-        check_finished(tmp_path / "empty", "backdoor")
+        check_finished(tmp_path / "empty", "backdoor", CHOICE)
     folder = write_package(tmp_path / "mine")
-    check_finished(folder, "backdoor")
+    check_finished(folder, "backdoor", CHOICE)
     with refuses("MANIFEST.json: expected a package for anomaly, found backdoor"):
-        check_finished(folder, "anomaly")
+        check_finished(folder, "anomaly", CHOICE)
+    with refuses("MANIFEST.json: expected a package made with .*'half': False.*, found .*'half': True"):
+        check_finished(folder, "backdoor", Choice(half=False))
     (folder / "extra.txt").write_text("")
     with refuses("mine: expected the files of its MANIFEST.json, found more or fewer: extra.txt"):
-        check_finished(folder, "backdoor")
+        check_finished(folder, "backdoor", CHOICE)
     (folder / MANIFEST).write_text("[]")
     with refuses("MANIFEST.json: expected the list of a package, found TypeError"):
-        check_finished(folder, "backdoor")
+        check_finished(folder, "backdoor", CHOICE)
