@@ -225,6 +225,24 @@ def zoo_inspect(folder: Annotated[Path, typer.Argument(help="Folder of a zoo.")]
     raise typer.Exit(1 if inspect(folder, as_json=json) else 0)
 
 
+@zoo_app.command("observe", epilog="Example: python -m submit zoo observe data/zoos/tiny --out observed "
+                                   "--network digits-blended-0.1-0")
+def zoo_observe(
+    folder: Annotated[Path, typer.Argument(help="Folder of a zoo with its zoo.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for a folder of plots and numbers each network.")],
+    network: Annotated[list[str] | None, typer.Option(help="One of its networks; may be repeated. Default: all.")]
+    = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with one folder an image set (not for digits).")] = None,
+    seed: Seed = 0, device: Device = "auto",
+) -> None:
+    """Plot how the neurons of backdoored networks move in unlearning, how active they are, what the trigger does."""
+    from submit.observe_commands import observe
+
+    _use_device(device)
+    problems = observe(folder, out, data, only=network or (), seed=seed, command=_command())
+    raise typer.Exit(1 if problems else 0)
+
+
 @app.command(epilog="Examples: python -m submit defend tsbd --zoo data/zoos/tiny; "
                     "python -m submit defend jpeg --attack lsp; "
                     "python -m submit defend sweep defense/sweeps/tiny.toml")
