@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
+from data.images import read_rgb
 from defense.observations import correlation
 from submit import observe_commands
 from submit.dev_splits import TINY_ZOO
@@ -30,7 +30,7 @@ def test_a_network_is_drawn_and_its_numbers_are_kept(capsys, tmp_path):
     assert status == 0 and NAME in out and "488" in out
     folder = tmp_path / "seen" / NAME
     assert sorted(p.name for p in folder.iterdir()) == [*PLOTS[:2], "observations.json", *PLOTS[2:]]
-    assert all(Image.open(folder / name).size[0] > 400 for name in PLOTS)
+    assert all(read_rgb(folder / name).size[0] > 400 for name in PLOTS)
     record = json.loads((folder / "observations.json").read_text())
     clean, poison = (torch.tensor([value for layer in record["values"][kind].values() for value in layer])
                      for kind in ("NWC, clean", "NWC, poison"))
