@@ -233,21 +233,22 @@ def extract(backbone: Backbone, images: Sequence | Tensor, **options: object) ->
 @torch.inference_mode()
 def extract_all(backbones: Sequence[Backbone], images: Sequence | Tensor, *, batch: int = 16,
                 read: Callable[[object], Image.Image] | None = None, dtype: torch.dtype = torch.float32,
-                keep_on: torch.device | str | None = None, half: bool = True) -> tuple[Features, ...]:
+                keep_on: torch.device | str | None = None, half: bool = True,
+                name: Callable[[int], object] = "image {}".format) -> tuple[Features, ...]:
     """Features of many images by each backbone, in one pass: every image is read once, while the nets run.
 
     images: RGB images of any size, or (N, 3, H, W) ready ones of the size of every backbone, or anything that `read`
     makes an RGB image of; it is called in threads, at most two batches ahead of the nets.
     dtype, keep_on: of the layers that are returned; keep_on None = the device of the backbone. Class features: float32.
     half: 16-bit autocast on GPUs, as MuSc; the CPU computes in float32.
-    Errors: features that are not finite, with the position of the image.
+    name: what errors call the image at a position. Errors: features that are not finite, with the image's name.
     """
     expect(len(images) > 0, "images", "at least one image", 0)
     expect(batch >= 1, "batch", ">= 1 image", batch)
     kept: list[Features | None] = [None] * len(backbones)
     for start, inputs in _batches(backbones, images, batch, read):
         for index, (backbone, ready) in enumerate(zip(backbones, inputs, strict=True)):
-            found = _features(backbone, ready, start, dtype, half)
+            found = _features(backbone, ready, start, dtype, half, name)
             kept[index] = kept[index] or _room(found, len(images), keep_on)
             for room, part in zip(_tensors(kept[index]), _tensors(found), strict=True):
                 room[start:start + len(part)] = part
@@ -276,7 +277,8 @@ def _batches(backbones: Sequence[Backbone], images: Sequence | Tensor, batch: in
             yield start, [inputs[b.config.size, b.config.interpolation] for b in backbones]
 
 
-def _features(backbone: Backbone, ready: Tensor, start: int, dtype: torch.dtype, half: bool) -> Features:
+def _features(backbone: Backbone, ready: Tensor, start: int, dtype: torch.dtype, half: bool,
+              name: Callable[[int], object]) -> Features:
     """Features of one batch, whose first image has position `start`; layers as `dtype`."""
     device = next(backbone.parameters()).device
     with torch.autocast(device.type, torch.float16, enabled=half and device.type == "cuda"):
@@ -285,7 +287,7 @@ def _features(backbone: Backbone, ready: Tensor, start: int, dtype: torch.dtype,
     # a sum is finite where all its terms are, and reads them once
     sums = torch.stack([values.flatten(1).sum(1, dtype=torch.float32) for values in _tensors(found)])
     for index, sound in enumerate(sums.isfinite().all(0).tolist(), start):
-        expect(sound, f"image {index} through {backbone.config.architecture}", "finite features", "NaN or infinity")
+        expect(sound, f"{name(index)} through {backbone.config.architecture}", "finite features", "NaN or infinity")
     return found
 
 

@@ -78,10 +78,14 @@ def score_category(paths: Sequence[Path | str], nets: Nets, config: MuscConfig, 
 def category_features(paths: Sequence[Path | str], nets: Nets, config: MuscConfig) -> tuple[Features, ...]:
     """Patch features of the images for each net, of all tiles; each file is read once."""
     kept = _kept_dtype(nets)
+
+    def name(index: int) -> Path | str:
+        return paths[index // config.tiles ** 2]
+
     if config.tiles == 1:
-        found = extract_all(nets.each, paths, read=_read, dtype=kept)
+        found = extract_all(nets.each, paths, read=_read, dtype=kept, name=name)
     else:
-        found = tuple(extract(net, images, dtype=kept)
+        found = tuple(extract(net, images, dtype=kept, name=name)
                       for net, images in zip(nets.each, _all_tiles(paths, nets, config), strict=True))
     return tuple(features if net.config.class_features else replace(features, classes=None)
                  for net, features in zip(nets.each, found, strict=True))

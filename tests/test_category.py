@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from anomaly import category
-from anomaly.backbone import BackboneConfig, random_backbone
+from anomaly.backbone import Backbone, BackboneConfig, random_backbone
 from anomaly.category import Nets, category_features, score_category, tiles_of
 from anomaly.pipeline import Judges, MuscConfig, feature_scores
 
@@ -111,6 +111,17 @@ def test_the_foreground_is_told_by_colour_where_the_config_says_so(nets, files, 
     _, maps = score_category(files, nets, replace(EXACT, foreground=setting))
     hidden = all(torch.equal(maps[0], other) for other in maps)  # nothing is left but what says nothing
     assert hidden == (setting == "on")  # the rule refuses to hide everything
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_file_whose_features_are_not_finite_is_named(nets, files, monkeypatch, refuses, tiles):
+    Image.new("RGB", (40, 30)).save(files[3])
+    real = Backbone.normalised
+    monkeypatch.setattr(Backbone, "normalised",  # a black image overflows
+                        lambda self, images: real(self, images) / images.amax((1, 2, 3), keepdim=True).bool())
+    config = replace(EXACT, tiles=tiles, subsets=2)
+    with refuses(rf"^{files[3]} through vit_tiny_patch16_224: expected finite features, found NaN or infinity$"):
+        score_category(files, nets, config)
 
 
 def test_too_few_images_are_refused(nets, files, refuses):
