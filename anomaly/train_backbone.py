@@ -7,6 +7,7 @@ Data of step i depend on (seed, i) alone; an interrupted training goes on from i
 """
 from __future__ import annotations
 
+import io
 import json
 import math
 import platform
@@ -27,7 +28,8 @@ from anomaly.backbone import Backbone, BackboneConfig, Features, config_record, 
 from anomaly.lnamd import neighbourhood_features
 from anomaly.training_textures import texture_set
 from data.errors import expect
-from data.files import new_folder, write_json
+from data.files import new_folder, write_atomic, write_json
+from data.safe_load import load_untrusted
 
 COMMAND = "python -m submit weights train backbone --out FOLDER"
 SMALL = BackboneConfig(
@@ -113,16 +115,19 @@ def _optimise(backbone: Backbone, config: TrainingConfig, seed: int, checkpoint:
     optimiser = torch.optim.AdamW(backbone.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, config))
-    first, spent = _resumed(checkpoint, backbone, optimiser, schedule, [seed, asdict(config)])
+    of = [seed, asdict(config)]
+    parts = {"net": backbone.net, "optimiser": optimiser, "schedule": schedule}
+    first, spent = _resumed(checkpoint, parts, of)
     start, losses = time.monotonic() - spent, []
     backbone.train()
     for step in range(first, config.steps):
         losses.append(_step(backbone, optimiser, config, seed, step))
         schedule.step()
         if (step + 1) % config.checkpoint_every == 0:
-            torch.save({"of": [seed, asdict(config)], "step": step + 1, "seconds": time.monotonic() - start,
-                        "net": backbone.net.state_dict(), "optimiser": optimiser.state_dict(),
-                        "schedule": schedule.state_dict()}, checkpoint)
+            buffer = io.BytesIO()
+            torch.save({"of": of, "step": step + 1, "seconds": time.monotonic() - start}
+                       | {name: part.state_dict() for name, part in parts.items()}, buffer)
+            write_atomic(checkpoint, buffer.getvalue())
             if progress:
                 progress(f"step {step + 1} of {config.steps}, loss {np.mean(losses):.4f}")
             losses = []
@@ -136,16 +141,14 @@ def _rate(step: int, config: TrainingConfig) -> float:
     return min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * max(0.0, rest)))
 
 
-def _resumed(checkpoint: Path, backbone: Backbone, optimiser: torch.optim.Optimizer,
-             schedule: torch.optim.lr_scheduler.LRScheduler, of: list) -> tuple[int, float]:
+def _resumed(checkpoint: Path, parts: dict, of: list) -> tuple[int, float]:
     """Step and seconds to go on from: those of a checkpoint of the same training, else 0."""
     if not checkpoint.is_file():
         return 0, 0.0
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = load_untrusted(checkpoint)  # which names a file that was cut
     expect(state["of"] == of, checkpoint, f"the checkpoint of {of}", state["of"])
-    backbone.net.load_state_dict(state["net"])
-    optimiser.load_state_dict(state["optimiser"])
-    schedule.load_state_dict(state["schedule"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["step"], state["seconds"]
 
 

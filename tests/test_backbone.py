@@ -438,6 +438,19 @@ def test_training_refuses_a_taken_folder_and_a_foreign_checkpoint(tmp_path, few_
         TrainingConfig(normal=0)
 
 
+def stop(line):
+    raise KeyboardInterrupt
+
+
+def test_a_checkpoint_is_whole(tmp_path, few_validation_sets, refuses):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "new" / "x", config=QUICK, backbone_config=tiny(), progress=stop)
+    checkpoint = tmp_path / "new" / "x.checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with refuses("x.checkpoint.pt: expected a whole file written by torch.save"):
+        train(tmp_path / "new" / "x", config=QUICK, backbone_config=tiny())
+
+
 def test_sets_of_textures_follow_their_seed_and_mark_what_changed():
     def drawn(seed):
         return texture_set(2, 3, 64, generator=torch.Generator().manual_seed(seed))
