@@ -115,7 +115,7 @@ def _optimise(backbone: Backbone, config: TrainingConfig, seed: int, checkpoint:
     optimiser = torch.optim.AdamW(backbone.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, config))
-    of = [seed, asdict(config)]
+    of = [seed, asdict(config), config_record(backbone.config)]
     parts = {"net": backbone.net, "optimiser": optimiser, "schedule": schedule}
     first, spent = _resumed(checkpoint, parts, of)
     start, losses = time.monotonic() - spent, []

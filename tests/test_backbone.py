@@ -442,9 +442,11 @@ def stop(line):
     raise KeyboardInterrupt
 
 
-def test_a_checkpoint_is_whole(tmp_path, few_validation_sets, refuses):
+def test_a_checkpoint_is_whole_and_of_the_same_net(tmp_path, few_validation_sets, refuses):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "new" / "x", config=QUICK, backbone_config=tiny(), progress=stop)
+    with refuses("x.checkpoint.pt: expected the checkpoint of"):
+        train(tmp_path / "new" / "x", config=QUICK, backbone_config=tiny(mean=(0.5,) * 3))
     checkpoint = tmp_path / "new" / "x.checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with refuses("x.checkpoint.pt: expected a whole file written by torch.save"):
