@@ -53,7 +53,8 @@ class TrainingConfig:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        expect(self.steps >= 1, "TrainingConfig.steps", ">= 1", self.steps)
+        for name in ("steps", "warmup"):
+            expect(getattr(self, name) >= 1, f"TrainingConfig.{name}", ">= 1", getattr(self, name))
         expect(self.normal >= 1 and self.disturbed >= 1 and self.normal + self.disturbed >= 3,
                "TrainingConfig.normal, disturbed", "at least one of each and three in all",
                (self.normal, self.disturbed))

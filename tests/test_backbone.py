@@ -434,6 +434,8 @@ def test_training_refuses_a_taken_folder_and_a_foreign_checkpoint(tmp_path, few_
         train(tmp_path / "x", config=QUICK, backbone_config=tiny())
     with refuses(r"^TrainingConfig.steps: expected >= 1, found 0$"):
         TrainingConfig(steps=0)
+    with refuses(r"^TrainingConfig.warmup: expected >= 1, found 0$"):
+        TrainingConfig(warmup=0)
     with refuses(r"^TrainingConfig.normal, disturbed: expected at least one"):
         TrainingConfig(normal=0)
 
