@@ -23,7 +23,16 @@ from anomaly.backbone import (
     random_backbone,
 )
 from anomaly.gabor_features import gabor_energies
-from anomaly.train_backbone import TrainingConfig, _plain_scores, patch_share, ranking_loss, train
+from anomaly.train_backbone import (
+    MOST_SEEDS,
+    MOST_STEPS,
+    VALIDATION_SEED,
+    TrainingConfig,
+    _plain_scores,
+    patch_share,
+    ranking_loss,
+    train,
+)
 from anomaly.training_textures import texture_set
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "dynamic_img_size": True}
@@ -453,6 +462,16 @@ def test_a_checkpoint_is_whole_and_of_the_same_net(tmp_path, few_validation_sets
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with refuses("x.checkpoint.pt: expected a whole file written by torch.save"):
         train(tmp_path / "new" / "x", config=QUICK, backbone_config=tiny())
+
+
+def test_no_seed_of_a_training_meets_the_validation(tmp_path, refuses):
+    last = MOST_STEPS * (MOST_SEEDS - 1) + MOST_STEPS - 1
+    assert last < VALIDATION_SEED and VALIDATION_SEED + 24 <= 2 ** 32
+    for seed in (-1, MOST_SEEDS):
+        with refuses(rf"^seed: expected 0 to 42948, found {seed}$"):
+            train(tmp_path / "x", seed=seed)
+    with refuses(r"^TrainingConfig.steps: expected <= 100000, found 100001$"):
+        TrainingConfig(steps=100_001)
 
 
 def test_sets_of_textures_follow_their_seed_and_mark_what_changed():
