@@ -1,13 +1,15 @@
 """What the request parser reads right, by phenomenon, and how fast: `python -m benchmarks.parser_reading`.
 
-Sentences of the held-out splits of the phrasebook: other wordings and other names than those trained on. Speed in
-batches on two threads, for these and for the shorter requests of a generated retrieval split.
+Sentences of the held-out splits of the phrasebook: other wordings and other names than those trained on; and the same
+wordings about everyday objects, whose names are known and of which any two are likelier two than one. Speed in batches
+on two threads, for these and for the shorter requests of a generated retrieval split.
 """
 from __future__ import annotations
 
 import argparse
 import itertools
 import os
+import random
 import re
 import time
 from collections import Counter
@@ -17,13 +19,22 @@ import torch
 
 from data.files import write_json
 from data.scenes import retrieval_triplets
-from data.sentences import LabelledSentence, labelled_sentences, write_request
+from data.sentences import COUNTS, LabelledSentence, labelled_sentence, labelled_sentences, write_request
 from retrieval.parser import Modification, Parser, load_parser, split_words
 from retrieval.train_parser import compared, true_modification
 from submit.records import environment
 
 EMBEDDED = Path("retrieval") / "weights" / "parser"
 N, SEED, RUNS, THREADS = 2000, 10_000, 5, 2
+EVERYDAY = (  # the 80 classes of COCO (Lin et al., ECCV 2014)
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush")
 WORDING = {  # first match of the lower-cased text
     "arrow, plus or label": r"[-=]>|[:=|]|(?:^| )[-+] ?\w",
     "substitute": r"substitut",
@@ -48,11 +59,24 @@ def main() -> None:
         sentences = labelled_sentences(N, split, generator=torch.Generator().manual_seed(SEED))
         record[split] = reading(parser, sentences)
         show(split, record[split])
+        record[f"{split}, everyday names"] = everyday = reading(parser, everyday_sentences(N, split))
+        show(f"{split}, everyday names", everyday)
     record["texts_a_second"] = speeds(parser)
     for name, value in record["texts_a_second"].items():
         print(f"{name:58s} {value['texts_a_second']:8.0f} texts a second, {value['tokens']:.1f} sub-words each")
     record |= {"load_average": os.getloadavg()[0], "environment": environment()}  # a busy machine is a slow one
     write_json(Path(__file__).parent / "records" / f"{asked.record}.json", record)
+
+
+def everyday_sentences(n: int, split: str) -> list[LabelledSentence]:
+    """Wordings of the split about everyday objects, as many a side as elsewhere."""
+    generator, sentences = torch.Generator().manual_seed(SEED), []
+    rng = random.Random(SEED)
+    for added, removed in rng.choices([pair for pair in COUNTS if any(pair)],
+                                      [weight for pair, weight in COUNTS.items() if any(pair)], k=n):
+        names = rng.sample(EVERYDAY, added + removed)
+        sentences.append(labelled_sentence(names[:added], names[added:], split=split, generator=generator))
+    return sentences
 
 
 def reading(parser: Parser, sentences: list[LabelledSentence]) -> dict:

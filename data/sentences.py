@@ -34,7 +34,8 @@ _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 
                " along with ": 2, " and also ": 2, " together with ": 1, " / ": 1}  # before the last one -> weight
 _LINKED = ("{} with {}", "{} with a {}", "{} of {}", "{} for {}", "{} in a {}", "{} on the {}", "{} and {} set",
            "{} ({})", "{}-{}", "{}-{} {}")  # names made of several
-_PAIRS_KEPT = 0.3  # of names with "and" where words are made up, to learn from: lists of names hold many, requests few
+_PAIRS_KEPT = 0.2  # of names with "and" where words are made up, to learn from: lists of names hold many, requests few
+_PLAIN_NAMES = 0.25  # of the sentences to learn from have short names only: else any two nouns with "and" seem one name
 _DETERMINED = re.compile(r"\b(?:the|a|an|my|that|this|no|more) $")
 _PAIR = re.compile(r" (?:and|&) ")
 _VOWEL = re.compile(r"[aeiou]|8|11|18", re.IGNORECASE)
@@ -115,8 +116,9 @@ def _by_length(split: str) -> dict[int, list[str]]:
 def _names(n: int, split: str, rng: random.Random, invented: float, words: Sequence[str]) -> tuple[str, ...]:
     """n different names: nobody asks to add what is to go."""
     names: dict[str, None] = {}
+    plain = invented > 0 and rng.random() < _PLAIN_NAMES
     while len(names) < n:
-        name = _name(split, rng, invented, words)
+        name = rng.choice(_by_length(split)[rng.choice((1, 1, 2))]) if plain else _name(split, rng, invented, words)
         if not (invented and _PAIR.search(name) and rng.random() > _PAIRS_KEPT):
             names[name] = None
     return tuple(names)

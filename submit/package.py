@@ -195,7 +195,6 @@ def _replace_nets(contents: dict[str, bytes], choice: Choice) -> None:
         files = files_read(folder) if part == "encoder" else {name: folder / name for name in FILES}
         for name, file in sorted(files.items()):
             contents[str(place / name)] = _weights(file, choice) or file.read_bytes()
-    expect(str(ENCODER) in contents, choice.weights, "weights of an encoder in encoder/", "none")
 
 
 def _as_pth(content: bytes) -> bytes:

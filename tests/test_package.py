@@ -206,7 +206,7 @@ def test_presets_bring_their_nets(tmp_path, refuses):
 def test_an_encoder_of_ones_own_takes_the_place_of_the_embedded_one(tmp_path, refuses):
     mine = tmp_path / "nets" / "encoder"
     mine.mkdir(parents=True)
-    with refuses(r"nets: expected weights of an encoder in encoder/, found none"):
+    with refuses(r"nets/encoder: expected a file config.json or open_clip_config.json, found neither"):
         build_package("retrieval", tmp_path / "b", Choice(weights=tmp_path / "nets"), tried=False)
     save_file({"w": torch.ones(3)}, mine / "open_clip_model.safetensors")
     save_file({"mean": torch.ones(3)}, mine / "composer.safetensors")
