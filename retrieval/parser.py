@@ -40,7 +40,7 @@ _JOINTS = frozenset((",", "and", "or"))
 _QUOTES = frozenset(("'", '"', "`"))
 _POLITE = frozenset(("please", "pls", "plz", "thanks", "thx", "cheers"))
 _PAIRING = frozenset(("and", "&"))
-_PAIR_DOUBT = 3.0  # log-odds against "and" within a name: the lists learned from hold more such names than requests do
+_PAIR_DOUBT = 5.0  # log-odds against "and" within a name: lists learned from hold more such names than requests do
 _STROKES = frozenset(("-", "+"))
 _LINKS = frozenset(("and", "or", "nor", "of", "with", "without", "for", "by", "to", "from", "into", "than", "instead"))
 

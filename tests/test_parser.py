@@ -414,7 +414,7 @@ def test_the_embedded_weights_read_alike_in_one_batch_or_many():
     ("delte the car and ad a bus", ["bus"], ["car"]),
     ("+red mug -blue bowl", ["red mug"], ["blue bowl"]),
     ("before adding a fern, take away the sofa", ["fern"], ["sofa"]),
-    ("say goodbye to the vase — hello, fruit bowl!", ["fruit bowl"], ["vase"]),
+    ("say goodbye to the vase — and hello to the fruit bowl!", ["fruit bowl"], ["vase"]),
     ("Remove the salt and pepper shakers set, add a teapot with floral pattern",
      ["teapot with floral pattern"], ["salt and pepper shakers set"]),
     ("What if the fridge was an oven?", ["oven"], ["fridge"]),
@@ -434,6 +434,16 @@ def test_the_card_tells_the_truth_about_the_embedded_weights():
     assert abs(found["exact"] - card["figures"]["val"]["exact"]) < 8  # four deviations of a share of 600
     size = sum(path.stat().st_size for path in module._EMBEDDED.iterdir())
     assert size < 20e6
+
+
+def test_two_everyday_objects_are_two_however_well_they_go_together():
+    """Bug: fork and knife were one name, as in training two plain nouns with "and" mostly were."""
+    pairs = [("cat", "dog"), ("fork", "knife"), ("chair", "table"), ("cup", "spoon"), ("horse", "cow"),
+             ("car", "truck"), ("sofa", "rug"), ("keyboard", "mouse"), ("bottle", "glass"), ("apple", "banana")]
+    asked = [Modification(pair, ("vase",)) for pair in pairs] + [Modification(("vase",), pair) for pair in pairs]
+    found = parse([f"add {' and '.join(m.add)} and remove {' and '.join(m.remove)}" for m in asked])
+    assert compared(asked, found)["exact"] >= 90
+    assert parse(["remove the salt and pepper shaker"]) == [Modification((), ("salt and pepper shaker",))]
 
 
 def test_weights_with_other_labels_or_missing_tensors_are_refused(tmp_path, refuses):
@@ -458,4 +468,4 @@ def test_a_stroke_that_stands_apart_is_in_no_name_and_joining_words_are_doubted(
     plain = [word.plain for word in row]
     assert plain == ["x", "-", "ray", "-", "cup", "and", "ball"]
     assert (scores[:, 0] == 0).all()
-    assert scores[:, 1:].amax(1).tolist() == pytest.approx([0, 0, 0, -1e4, 0, -3.0, 0, 0])
+    assert scores[:, 1:].amax(1).tolist() == pytest.approx([0, 0, 0, -1e4, 0, -5.0, 0, 0])
