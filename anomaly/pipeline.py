@@ -179,7 +179,7 @@ def category_scores(for_maps: PatchScores, for_images: PatchScores, config: Musc
 
     The two inputs may come from two nets, or be the same. hidden: (N, 224, 224) bool, True where pixels are
     background and get the lowest score; with foreground = "rule" only where that is likely to help. alone: the images
-    had no other judges; else image scores stay the distances they are, which one call shares with the next.
+    had no other judges; else image scores stay the distances they are.
     """
     images = IMAGE_RULES[config.image_score](for_images)
     if for_images.alike is not None:

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 
-from backdoor_detection import detection, mmbd, report, trodo
 from benchmarks.detector_tables import lines, tables
-from benchmarks.detector_verdicts import DETECTORS, asked_detectors, verdict
+from benchmarks.detector_verdicts import DETECTORS, asked_detectors, detectors_code, verdict
 from benchmarks.options import RECORDS, add_device, device_of
 from data.errors import InputError, expect
 from data.files import fingerprint, write_json
 from data.images import list_images
 from data.model_zoo import METADATA, MODEL, ZooModel, read_zoo
-from submit.kept_units import code_of_modules, kept_unit
+from submit.kept_units import kept_unit
 from submit.records import environment
 
+KEPT = Path("runs") / "backdoor_detectors"
 KEYS = frozenset({"seconds"})  # of every verdict
 
 
@@ -37,20 +37,20 @@ def judged(sample: ZooModel, detector: str, file: Path, device: torch.device) ->
     return kept_unit(file, KEYS, partial(verdict, sample, detector, device))
 
 
-def verdict_file(sample: ZooModel, detector: str, code: str, device: torch.device) -> Path:
-    """Where the verdict is kept."""
-    name = fingerprint(sample.folder / MODEL, sample.folder / METADATA, *list_images(sample.images_folder), code,
-                       device.type)
-    return Path("runs") / "backdoor_detectors" / detector / f"{sample.name}-{name}.json"
+def verdict_name(sample: ZooModel, code: str, device: torch.device) -> str:
+    """The file that a verdict is kept in, the same for each detector's folder."""
+    files = (sample.folder / MODEL, sample.folder / METADATA, *list_images(sample.images_folder))
+    return f"{sample.name}-{fingerprint(*files, code, device.type)}.json"
 
 
 def judge_all(models: list[ZooModel], detectors: list[str], workers: int, device: torch.device
               ) -> dict[str, list[dict]]:
     """By detector a verdict for each model; the quick detectors first."""
-    code = code_of_modules(detection, mmbd, report, trodo, packages=("backdoor_detection", "data"))
+    code = detectors_code()
+    names = [verdict_name(model, code, device) for model in models]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        futures = {detector: [pool.submit(judged, m, detector, verdict_file(m, detector, code, device), device)
-                              for m in models] for detector in detectors}
+        futures = {detector: [pool.submit(judged, model, detector, KEPT / detector / name, device)
+                              for model, name in zip(models, names, strict=True)] for detector in detectors}
         every = [future for row in futures.values() for future in row]
         for done, future in enumerate(as_completed(every)):
             future.result()

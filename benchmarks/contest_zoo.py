@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from backdoor_detection import detection, mmbd, report, trodo
 from benchmarks.detector_tables import lines, tables
-from benchmarks.detector_verdicts import DETECTORS, asked_detectors, verdict
+from benchmarks.detector_verdicts import DETECTORS, asked_detectors, detectors_code, verdict
 from benchmarks.options import TIME_UP, add_device, add_minutes, add_out, device_of, record_file
 from benchmarks.time_limit import TimeLimit
 from benchmarks.work_pool import threads_each, within_time
@@ -36,7 +35,7 @@ from data.model_zoo import read_zoo
 from data.tensor_files import read_tensors, write_tensors
 from data.zoo_building import Sets, build_zoo
 from data.zoo_recipes import Recipe, ZooJob, jobs, read_recipe
-from submit.kept_units import as_json, code_of_modules
+from submit.kept_units import as_json
 from submit.records import environment, peak_memory_gib
 from submit.zoo_commands import read_set, victim_line
 
@@ -86,7 +85,7 @@ def in_fair_order(work: Sequence[ZooJob]) -> list[ZooJob]:
 
 def tasks_of(recipe: Recipe, sets: Sets, folder: Path, detectors: Sequence[str], device: torch.device) -> list[Task]:
     """Every network of the recipe in the order of training."""
-    code = code_of_modules(detection, report, mmbd, trodo, packages=("backdoor_detection",))
+    code = detectors_code()
     keys = {name: image_key(parts) for name, parts in sets.items()}
 
     def unit(job: ZooJob) -> Path:

@@ -24,7 +24,7 @@ TENSOR_CALLS = re.compile(  # what a state dict of torch.save asks for, and an a
     r"torch (Size|device|b?float\d*|u?int\d*|half|bool|complex\d+)|torch\.nn\.parameter Parameter|"
     r"numpy (dtype|ndarray)|numpy\._?core\.multiarray (_reconstruct|scalar)")
 PICKLES = (".pth", ".pt", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
-NUMPY = b"\x93NUMPY"  # how its files begin
+NUMPY, HEADER = b"\x93NUMPY", 200  # how its files begin, and bytes that tell the type of the array
 CHAIN = 10  # imports that are followed to where a function is defined
 MUCH = 64 * 2**20  # bytes of one pickle program; a state dict's is far smaller
 
@@ -209,7 +209,7 @@ def _asked_for(path: Path) -> str:
                     return f"a pickle of more than {MUCH} bytes"
                 for entry in archive.infolist():
                     with archive.open(entry) as stream:
-                        if problem := _objects(beginning) if (beginning := stream.read(200)).startswith(NUMPY) else "":
+                        if problem := _objects(stream.read(HEADER)):
                             return f"{entry.filename}: {problem}"
                 return next(filter(None, (_calls(archive.read(entry)) for entry in programs)), "")
         with path.open("rb") as stream:
@@ -220,9 +220,9 @@ def _asked_for(path: Path) -> str:
     return _objects(content) if content.startswith(NUMPY) else _calls(content)
 
 
-def _objects(array: bytes) -> str:
-    """What is wrong with the beginning of a numpy file; its header says whether a pickle follows."""
-    return "an array of Python objects" if b"'|O'" in array[:200] else ""
+def _objects(content: bytes) -> str:
+    """What is wrong with the content if it is a numpy file's, whose header says whether a pickle follows."""
+    return "an array of Python objects" if content.startswith(NUMPY) and b"'|O'" in content[:HEADER] else ""
 
 
 def _calls(content: bytes) -> str:

@@ -118,9 +118,9 @@ def _run_backdoor(package: Submission, split: Split, data: Path, folder: Path, o
             continue
         given[str(number)] = _given(model, str(number), folder)
         models[str(number)] = model
-    images = [path for folder_of in dict.fromkeys(Path(g["images"]) for g in given.values())
-              for path in list_images(folder_of)]
-    access = Access(given=_folders(images), file_access=package.rules.package.file_access)
+    images = list(dict.fromkeys(Path(g["images"]) for g in given.values()))
+    stores = _folders(path for images_of_one in images for path in list_images(images_of_one))
+    access = Access(given=(*images, *stores), file_access=package.rules.package.file_access)
     box = make_box(folder / "box", package.root, access)
     _stage_modules(box.folder / "modules")
     progress = Progress()
@@ -190,9 +190,9 @@ def _run_retrieval(package: Submission, split: Split, data: Path, folder: Path, 
     frames = {SIDES[0]: split.data.queries[["query_image", "query_text"]], SIDES[1]: split.data.database}
     given = {side: {c: [_path(v, c) for v in frame[c]] for c in frame} for side, frame in frames.items()}
     table, images = find_retrieval_set(data)
-    files = [images / "x", *(Path(path) for columns in given.values() for name, column in columns.items()
-                             if name != "query_text" for path in column)]
-    access = Access(given=_folders(files), hidden=(table.name,))  # the table has the targets
+    stores = _folders(Path(path) for columns in given.values() for name, column in columns.items()
+                      if name != "query_text" for path in column)
+    access = Access(given=(images.resolve(), *stores), hidden=(table.name,))  # the table has the targets
     box = make_box(folder / "box", package.root, access)
     progress = Progress()
     progress.endings.append(_run_functions(package, box, access, {"given": given}, judge))

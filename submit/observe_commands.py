@@ -29,13 +29,13 @@ from defense.observations import (
     unlearning_change,
 )
 from defense.unlearning import UnlearningConfig
+from submit.defend_commands import CLEAN
 from submit.kept_units import as_json, equal_sums
 from submit.observation_plots import coverage_plot, neurons_plot, save_png, weight_change_plot
 from submit.records import environment
 from submit.tables import console, unit_progress
 from submit.zoo_victims import Victim, backdoored_samples, clean_part, own_seed, read_victim
 
-CLEAN = 0.05  # share of the training images
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of the neurons, for the coverage
 SHOWN = 0.1   # the one in the table
 UNLEARNING = UnlearningConfig(rate=5e-4, batch=32)  # five times the published rate: few images, a fifth of the epochs

@@ -35,7 +35,7 @@ def test_networks_of_several_zoos_make_one_table_and_are_judged_once(zoos, monke
     main(["one", "two", "--detectors", "ours", "--workers", "1", "--out", "again.json"])
     assert json.loads((zoos / "again.json").read_text())["models"][2]["ours"]["p"] == 0.5
     assert capsys.readouterr().out.splitlines()[-1].startswith("ours")
-    monkeypatch.setattr(backdoor_detectors, "code_of_modules", lambda *modules, packages: "another detector's")
+    monkeypatch.setattr(backdoor_detectors, "detectors_code", lambda: "another detector's")
     main(["two", "--detectors", "ours", "--workers", "1", "--out", "third.json"])
     assert json.loads((zoos / "third.json").read_text())["models"][0]["ours"]["p"] == record["models"][1]["ours"]["p"]
 
