@@ -27,7 +27,8 @@ EVEN_COUNTS = {(1, 1): 40, (1, 2): 12, (2, 1): 12, (2, 2): 5, (3, 1): 4, (1, 3):
                (1, 0): 5, (0, 1): 5, (2, 0): 4, (0, 2): 4, (3, 0): 3, (0, 3): 3, (0, 0): 2}
 _LENGTHS = {1: 20, 2: 22, 3: 31, 4: 27}  # words in a name -> weight; the last stands for four and more
 _LEAD, _TAIL = 0.2, 0.15  # share of sentences with words before and after the request
-_PLAIN = 0.08  # share of sentences to learn from whose wording is one of the plainest
+_PLAIN = 0.15  # share of sentences to learn from whose wording is one of the plainest
+_SHARED = 0.25  # share of lists to learn from with one article, "the cow and chair": else these would be names
 _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't you|why|what|how|should|shall|might|"
                        r"may|where|who|won't|couldn't|shouldn't|wouldn't|any|which|must)\b(?!.*[.?!] )", re.IGNORECASE)
 _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, "; ": 1,
@@ -263,7 +264,8 @@ def _sentence(add: tuple[str, ...], remove: tuple[str, ...], split: str, rng: ra
             names = [_cased(" ".join(name.split()), rng) for name in shares[part].pop(0)]
             side = ADD if part == "{+}" else REMOVE
             article = "bare" if pieces and _DETERMINED.search(pieces[-1][0]) else style
-            pieces += _listed(names, side, article, rng)
+            once = split == "train" and rng.random() < _SHARED
+            pieces += _listed(names, side, article, rng, once)
         else:
             pieces.append((part, None))
     return _joined(_marked(pieces, rng), rng)
@@ -281,8 +283,8 @@ def _cased(name: str, rng: random.Random) -> str:
     return change(name) if len(change(name)) == len(name) else name
 
 
-def _listed(names: list[str], side: str, style: str, rng: random.Random) -> list[tuple[str, str | None]]:
-    """Names with articles and with commas and connectors between them."""
+def _listed(names: list[str], side: str, style: str, rng: random.Random, once: bool) -> list[tuple[str, str | None]]:
+    """Names with articles, or one before the first, and with commas and connectors between them."""
     last = rng.choices(list(_CONNECTORS), list(_CONNECTORS.values()))[0]
     inner = rng.choices((", ", last), (9, 1))[0] if last != "; " else "; "
     pieces: list[tuple[str, str | None]] = []
@@ -293,7 +295,8 @@ def _listed(names: list[str], side: str, style: str, rng: random.Random) -> list
             joint = last if i == len(names) - 1 else inner
             pieces.append((", and " if joint == " and " and len(names) == 3 and rng.random() < 0.4 else joint, None))
         quote = rng.choices(("", '"', "'", "`", "“"), (192, 3, 2, 1, 2))[0]
-        pieces += [(_article(name, side, style, rng) + quote, None), (name, side), (quote.replace("“", "”"), None)]
+        article = "" if i and once else _article(name, side, style, rng)
+        pieces += [(article + quote, None), (name, side), (quote.replace("“", "”"), None)]
     return pieces
 
 

@@ -41,6 +41,13 @@ HELD_OUT = ("val", "test")
 
 
 @pytest.mark.parametrize("split", HELD_OUT)
+def test_the_plainest_wordings_to_learn_from_are_not_held_out(split):
+    plainest = {plain(text) for text in phrases("train", "plain")}
+    assert len(plainest) >= 50
+    assert not plainest & {plain(template.text) for template in templates(split)}
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
 def test_held_out_splits_are_large_enough_to_be_told_apart(split):
     frames = {template.frame: template for template in templates(split)}.values()
     assert len(frames) >= 300

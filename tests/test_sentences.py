@@ -64,6 +64,16 @@ def test_sentences_hold_objects_of_their_split_only(split):
         assert len(set(names)) == len(names)  # nobody asks to add what is to go
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_split_has_lists_with_one_article(split):
+    generator = seeded()
+    texts = [labelled_sentence(["cow", "chair", "lamp"], [], split=split, generator=generator).text.lower()
+             for _ in range(600)]
+    led = [text for text in texts if re.search(r"\b(?:the|a|an) cow\b", text)]
+    once = [text for text in led if not re.search(r"\b(?!and|or|plus|also|with|as)\w+ [\"'“`]?(?:chair|lamp)\b", text)]
+    assert 0.1 <= len(once) / len(led) <= 0.4
+
+
 def test_the_share_of_made_up_words():
     known = {word for name in objects("train") for word in name.lower().split()}
     for share, low, high in ((0.0, 0.0, 0.0), (0.3, 0.15, 0.35), (1.0, 0.6, 1.0)):
