@@ -1,7 +1,8 @@
 """All defenses on the same victims: `python -m benchmarks.defense_sweep --data DIR [--recipe NAME]`.
 
-A sweep of defense/sweeps: cpu (GTSRB, narrow networks, four attacks, three victims each, 5 % clean images) or full
-(CIFAR-10, PreActResNet18, eight attacks at 10 %, three at 5 and 1 %, for a GPU), or a TOML file. One victim after the
+A sweep of defense/sweeps: cpu (GTSRB, narrow networks, four attacks, three victims each, 5 % clean images), half (the
+same at 16 x 16, every defense at its published length) or full (CIFAR-10, PreActResNet18, eight attacks at 10 %, three
+at 5 and 1 %, for a GPU), or a TOML file. One victim after the
 other is trained, meets every defense and, with `--drop`, loses its weights; its units are then kept in a file under
 runs/sweeps/NAME/whole that says which victim it was, so that another machine that has the files goes on with the next
 one. With `--minutes` nothing starts that would not end by then, by the longest of its kind so far; a victim that not
@@ -80,7 +81,7 @@ def write_record(found: Mapping[str, Any], command: str, device: torch.device, p
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder that holds the image set, unless it is built in")
-    parser.add_argument("--recipe", default="cpu", help="cpu, full or a TOML file")
+    parser.add_argument("--recipe", default="cpu", help="cpu, half, full or a TOML file")
     parser.add_argument("--runs", type=Path, help="folder of what is kept; default runs/sweeps/RECIPE")
     parser.add_argument("--rounds", type=int, help="victims of each attack; default what the recipe says")
     parser.add_argument("--workers", type=int, default=1, help="victims side by side")
