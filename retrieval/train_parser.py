@@ -130,7 +130,7 @@ def train(folder: Path, *, seed: int = 0, start: Path | None = None, config: Par
         else:
             card["start_licence"] = next((licence for name, licence in _LICENCES.items()
                                           if start.name.startswith(name)), "as its source says")
-    _write(folder, parser, card)
+    write_parser(folder, parser, card)
     for path in checkpoints:
         path.unlink(missing_ok=True)
     return card
@@ -142,22 +142,24 @@ def _digest(state: dict[str, Tensor]) -> str:
 
 
 def _card(parser: Parser, config: ParserTrainingConfig, seed: int, seconds: int) -> dict:
-    """What made the weights and what they reach, rounded as they are stored and read as they will be."""
-    for tensor in parser.model.state_dict().values():
-        tensor.copy_(tensor.half())
-    stored = Parser(quickened(copy.deepcopy(parser.model)), parser.tokenizer)
+    """What made the weights and what they reach."""
     return {
         "command": COMMAND, "start": "random weights", "seed": seed, "seconds": seconds,
-        "figures": {split: figures(stored, config.held_out, split, seed=seed) for split in ("val", "test")},
+        "figures": stored_figures(parser, config.held_out, seed=seed),
         "trained_on": "sentences of data/phrases, split train, fresh at every step",
-        "config": asdict(config), "parameters": sum(p.numel() for p in parser.model.parameters()),
-        "threads": torch.get_num_threads(), "device": parser.model.device.type,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                     "tokenizers": tokenizers.__version__},
+        "config": asdict(config), **about(parser),
     }
 
 
-def _write(folder: Path, parser: Parser, card: dict) -> None:
+def about(parser: Parser) -> dict:
+    """Size, device and versions, for a card."""
+    return {"parameters": sum(p.numel() for p in parser.model.parameters()),
+            "threads": torch.get_num_threads(), "device": parser.model.device.type,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                         "tokenizers": tokenizers.__version__}}
+
+
+def write_parser(folder: Path, parser: Parser, card: dict) -> None:
     """Fill a new folder, then put it in the place of the old one."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -446,6 +448,14 @@ def _loss(parser: Parser, encoded: list[Encoded], labels: list[list[int]], maske
 
 
 # --- figures
+
+def stored_figures(parser: Parser, n: int, *, seed: int) -> dict[str, dict[str, float]]:
+    """Figures of both held-out splits; the weights are rounded as they will be stored, and read as they will be."""
+    for tensor in parser.model.state_dict().values():
+        tensor.copy_(tensor.half())
+    stored = Parser(quickened(copy.deepcopy(parser.model)), parser.tokenizer)
+    return {split: figures(stored, n, split, seed=seed) for split in ("val", "test")}
+
 
 def figures(parser: Parser, n: int, split: str, *, seed: int) -> dict[str, float]:
     """Exact match of both sets and F1 of names with their side, in percent, on n sentences of a split."""

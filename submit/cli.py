@@ -354,6 +354,17 @@ def weights_train(
     train(name.value, out, seed=seed, start=start, steps=steps, device=_use_device(device))
 
 
+@weights_app.command("average", epilog="Example: python -m submit weights average parser_1 parser_2 --out my_parser")
+def weights_average(
+    parsers: Annotated[list[Path], typer.Argument(metavar="PARSER...", help="Folders of `weights train parser`.")],
+    out: Annotated[Path, typer.Option(help="New folder for the weights and their card.")],
+) -> None:
+    """The mean of parsers that were trained on one after the other (`--start`): it reads unseen wording better."""
+    from submit.weight_commands import average_parsers
+
+    average_parsers(parsers, out)
+
+
 @weights_app.command("tune", epilog="Example: python -m submit weights tune --data my_set/ --out my_weights/encoder")
 def weights_tune(
     data: Annotated[Path, typer.Option(help="Training set in the organizers' layout: one CSV and its images.")],

@@ -1,4 +1,4 @@
-"""`weights train`: the scripts that made the embedded weights. `weights tune`: a head fitted to a training set.
+"""`weights train`, `average`: the scripts that made the embedded weights. `tune`: a head fitted to a training set.
 `list`, `fetch`, `freeze`, `verify`: weights of the hub, and the folder that needs no network.
 """
 from __future__ import annotations
@@ -50,6 +50,15 @@ def train(name: str, out: Path, *, seed: int, start: Path | None = None, steps: 
         card = card | {"command": card["command"] + asked}
         write_json(out / "card.json", card)
     print(json.dumps(card["figures"], indent=1))
+    print(f"weights: {out}")
+
+
+def average_parsers(folders: list[Path], out: Path) -> None:
+    """The mean of trained parsers in the new folder `out`, figures on stdout."""
+    from retrieval.average_parsers import average
+
+    expect(not out.exists(), out, "a folder that does not exist yet", "one that does")
+    print(json.dumps(average(folders, out)["figures"], indent=1))
     print(f"weights: {out}")
 
 

@@ -1,0 +1,50 @@
+"""The mean of several trained parsers: reads unseen wording better than any of them, at the cost of one.
+
+For parsers trained on one after the other, `weights train parser --start`: their weights lie close together, and the
+mean of such is flatter (stochastic weight averaging, Izmailov et al., UAI 2018, arXiv:1803.05407).
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DistilBertConfig
+
+from data.errors import expect
+from retrieval.parser import Parser, load_parser, new_model
+from retrieval.train_parser import about, stored_figures, write_parser
+from retrieval.weight_files import read_json, read_tensors, read_tokenizer
+
+COMMAND = "python -m submit weights average"
+HELD_OUT = 2000  # sentences for each figure
+
+
+def average(folders: Sequence[Path], out: Path, *, seed: int = 0, held_out: int = HELD_OUT) -> dict:
+    """Write the mean of the parsers in `folders` to the new folder `out`, with a card that holds theirs; returns it.
+
+    held_out: sentences for each figure. Raises InputError for fewer than two parsers and where configuration or
+    tokenizer differ.
+    """
+    expect(len(folders) >= 2, "parsers", "at least two folders", len(folders))
+    for folder in folders:
+        load_parser(folder, torch.device("cpu"))  # names what is wrong with it
+        for file in ("config.json", "tokenizer.json"):
+            expect(read_json(folder / file) == read_json(folders[0] / file), folder / file,
+                   f"the same as in {folders[0]}", "another")
+    model = new_model(DistilBertConfig(**read_json(folders[0] / "config.json")), seed=0)
+    model.load_state_dict(mean([read_tensors(folder / "model.safetensors") for folder in folders]))
+    parser = Parser(model, read_tokenizer(folders[0] / "tokenizer.json"))
+    names = [folder.name for folder in folders]
+    card = {"command": f"{COMMAND} {' '.join(names)} --out FOLDER", "seed": seed,
+            "figures": stored_figures(parser, held_out, seed=seed), **about(parser),
+            "mean_of": {folder.name: read_json(card) if (card := folder / "card.json").is_file() else None
+                        for folder in folders}}
+    write_parser(out, parser, card)
+    return card
+
+
+def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of tensors of the same names and shapes, in float32."""
+    return {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
