@@ -28,7 +28,7 @@ EVEN_COUNTS = {(1, 1): 40, (1, 2): 12, (2, 1): 12, (2, 2): 5, (3, 1): 4, (1, 3):
 _LENGTHS = {1: 20, 2: 22, 3: 31, 4: 27}  # words in a name -> weight; the last stands for four and more
 _LEAD, _TAIL = 0.2, 0.15  # share of sentences with words before and after the request
 _PLAIN = 0.15  # share of sentences to learn from whose wording is one of the plainest
-_SHARED = 0.25  # share of lists to learn from with one article, "the cow and chair": else these would be names
+_ONE_ARTICLE = 0.25  # of the lists to learn from have one at most: else "the cow and chair" would be a name
 _QUESTION = re.compile(r"(?:could|can|would|will you|is|are|isn't|do|does|don't you|why|what|how|should|shall|might|"
                        r"may|where|who|won't|couldn't|shouldn't|wouldn't|any|which|must)\b(?!.*[.?!] )", re.IGNORECASE)
 _CONNECTORS = {" and ": 60, ", ": 14, ", and ": 6, " as well as ": 4, " plus ": 3, " & ": 3, " or ": 2, "; ": 1,
@@ -264,7 +264,7 @@ def _sentence(add: tuple[str, ...], remove: tuple[str, ...], split: str, rng: ra
             names = [_cased(" ".join(name.split()), rng) for name in shares[part].pop(0)]
             side = ADD if part == "{+}" else REMOVE
             article = "bare" if pieces and _DETERMINED.search(pieces[-1][0]) else style
-            once = split == "train" and rng.random() < _SHARED
+            once = split == "train" and rng.random() < _ONE_ARTICLE
             pieces += _listed(names, side, article, rng, once)
         else:
             pieces.append((part, None))

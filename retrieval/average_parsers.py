@@ -21,7 +21,7 @@ COMMAND = "python -m submit weights average"
 HELD_OUT = 2000  # sentences for each figure
 
 
-def average(folders: Sequence[Path], out: Path, *, seed: int = 0, held_out: int = HELD_OUT) -> dict:
+def average(folders: Sequence[Path], out: Path, *, held_out: int = HELD_OUT) -> dict:
     """Write the mean of the parsers in `folders` to the new folder `out`, with a card that holds theirs; returns it.
 
     held_out: sentences for each figure. Raises InputError for fewer than two parsers and where configuration or
@@ -37,10 +37,10 @@ def average(folders: Sequence[Path], out: Path, *, seed: int = 0, held_out: int 
     model.load_state_dict(mean([read_tensors(folder / "model.safetensors") for folder in folders]))
     parser = Parser(model, read_tokenizer(folders[0] / "tokenizer.json"))
     names = [folder.name for folder in folders]
-    card = {"command": f"{COMMAND} {' '.join(names)} --out FOLDER", "seed": seed,
-            "figures": stored_figures(parser, held_out, seed=seed), **about(parser),
-            "mean_of": {folder.name: read_json(card) if (card := folder / "card.json").is_file() else None
-                        for folder in folders}}
+    card = {"command": f"{COMMAND} {' '.join(names)} --out FOLDER", "seed": 0,
+            "figures": stored_figures(parser, held_out, seed=0), **about(parser),
+            "mean_of": [{"parser": folder.name, "card": read_json(card) if (card := folder / "card.json").is_file()
+                         else None} for folder in folders]}
     write_parser(out, parser, card)
     return card
 

@@ -35,7 +35,8 @@ def test_every_weight_is_the_mean_in_half_precision(trained, tmp_path):
         assert found.dtype == np.float16
         np.testing.assert_allclose(found, by_hand, rtol=1e-3, atol=1e-7)
     assert card["command"] == "python -m submit weights average one two three --out FOLDER"
-    assert card["mean_of"]["two"] == json.loads((trained[1] / "card.json").read_text())
+    assert [one["parser"] for one in card["mean_of"]] == ["one", "two", "three"]
+    assert card["mean_of"][1]["card"] == json.loads((trained[1] / "card.json").read_text())
     assert {split: found["n"] for split, found in card["figures"].items()} == {"val": 10, "test": 10}
     assert load_parser(tmp_path / "mean", torch.device("cpu")).parse([""])
 
