@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import DistilBertConfig
 
 from data.errors import expect
-from retrieval.parser import Parser, load_parser, new_model
+from retrieval.parser import read_parser
 from retrieval.train_parser import about, stored_figures, write_parser
-from retrieval.weight_files import read_json, read_tensors, read_tokenizer
+from retrieval.weight_files import read_json
 
 COMMAND = "python -m submit weights average"
 HELD_OUT = 2000  # sentences for each figure
@@ -28,14 +26,13 @@ def average(folders: Sequence[Path], out: Path, *, held_out: int = HELD_OUT) -> 
     tokenizer differ.
     """
     expect(len(folders) >= 2, "parsers", "at least two folders", len(folders))
+    parsers = [read_parser(folder) for folder in folders]
     for folder in folders:
-        load_parser(folder, torch.device("cpu"))  # names what is wrong with it
         for file in ("config.json", "tokenizer.json"):
             expect(read_json(folder / file) == read_json(folders[0] / file), folder / file,
                    f"the same as in {folders[0]}", "another")
-    model = new_model(DistilBertConfig(**read_json(folders[0] / "config.json")), seed=0)
-    model.load_state_dict(mean([read_tensors(folder / "model.safetensors") for folder in folders]))
-    parser = Parser(model, read_tokenizer(folders[0] / "tokenizer.json"))
+    states, parser = [one.model.state_dict() for one in parsers], parsers[0]
+    parser.model.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
     names = [folder.name for folder in folders]
     card = {"command": f"{COMMAND} {' '.join(names)} --out FOLDER", "seed": 0,
             "figures": stored_figures(parser, held_out, seed=0), **about(parser),
@@ -43,8 +40,3 @@ def average(folders: Sequence[Path], out: Path, *, held_out: int = HELD_OUT) -> 
                          else None} for folder in folders]}
     write_parser(out, parser, card)
     return card
-
-
-def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of tensors of the same names and shapes, in float32."""
-    return {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
