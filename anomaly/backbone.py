@@ -28,6 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from anomaly.conv_stem import ConvStem
 from data.errors import InputError, expect
 from data.images import to_uint8
 
@@ -35,6 +36,7 @@ EMBEDDED = Path(__file__).parent / "weights" / "backbone"
 INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 ACTIVATION = {"quick": "quick_gelu", "erf": "gelu"}  # our names to timm's
 OURS = {"pretrained", "checkpoint_path"}  # arguments of timm.create_model that would load weights behind our checks
+STEMS = {"convolutions": ConvStem}  # names in config.json of what makes the patches
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ def _timm_net(config: BackboneConfig) -> nn.Module:
     arguments = {"num_classes": 0} | config.arguments | {"img_size": config.size}
     if config.activation is not None:
         arguments["act_layer"] = ACTIVATION[config.activation]
+    if "embed_layer" in arguments:
+        stem = arguments["embed_layer"]
+        expect(stem in STEMS, "BackboneConfig.arguments embed_layer", f"one of {', '.join(STEMS)}", stem)
+        arguments["embed_layer"] = STEMS[stem]
     try:
         net = timm.create_model(config.architecture, pretrained=False, **arguments)
     except (TypeError, AssertionError, RuntimeError) as error:

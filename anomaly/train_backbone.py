@@ -1,9 +1,9 @@
-"""Training of the small backbone, on generated surfaces only.
+"""Training of the small backbone, on generated surfaces and, where a folder of them is given, pieces of photographs.
 
 The objective is the use: in a small set of images of one kind, some disturbed, the mutual scores (MuSc, Li et al., ICLR
 2024, arXiv:2401.16753) of disturbed patches are to rank above those of all others. Light, shift, turn and noise vary
 within a set, so features learn to ignore them. Departs from it: MuSc takes a pretrained net and trains nothing.
-Data of step i depend on (seed, i) alone; an interrupted training goes on from its checkpoint with the same result.
+Data of step i depend on (seed, i) and the photographs alone; an interrupted training goes on from its checkpoint with the same result.
 """
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,17 +27,17 @@ from torch.nn.functional import avg_pool2d, softplus
 
 from anomaly.backbone import Backbone, BackboneConfig, Features, config_record, random_backbone
 from anomaly.lnamd import neighbourhood_features
-from anomaly.training_textures import texture_set
+from anomaly.training_textures import photos_in, texture_set
 from data.errors import expect
 from data.files import new_folder, write_atomic, write_json
 from data.safe_load import load_untrusted
 
 COMMAND = "python -m submit weights train backbone --out FOLDER"
 SMALL = BackboneConfig(
-    "vit_tiny_patch16_224", layers=(2, 4), size=(240, 240), mean=(0.5,) * 3, std=(0.25,) * 3,
+    "vit_tiny_patch16_224", layers=(1, 3), size=(240, 240), mean=(0.5,) * 3, std=(0.25,) * 3,
     class_features=False,  # no loss reaches the class token
-    arguments={"img_size": 240, "patch_size": 12, "embed_dim": 128, "depth": 5, "num_heads": 4,
-               "dynamic_img_size": True})
+    arguments={"img_size": 240, "patch_size": 12, "embed_dim": 192, "depth": 4, "num_heads": 3,
+               "dynamic_img_size": True, "embed_layer": "convolutions"})
 DEGREES = (1, 3)  # as scoring uses them
 MOST_STEPS = 100_000  # seeds of step i: MOST_STEPS * seed + i
 MOST_SEEDS = 2 ** 32 // MOST_STEPS  # generators of the CPU know 32 bits of a seed: more would come round to used ones
@@ -47,11 +48,11 @@ VALIDATION_SEED = MOST_SEEDS * MOST_STEPS
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 1300  # one set of images each; about 13 minutes of one CPU core
+    steps: int = 6000  # one set of images each; about 50 minutes of two CPU cores
     normal: int = 3  # undisturbed images of a set
     disturbed: int = 3
     learning_rate: float = 5e-4
-    warmup: int = 100  # steps
+    warmup: int = 200  # steps
     weight_decay: float = 0.05
     clip: float = 1.0  # norm of the gradient
     checkpoint_every: int = 100  # steps
@@ -66,25 +67,28 @@ class TrainingConfig:
 
 
 def train(folder: Path, *, seed: int = 0, config: TrainingConfig | None = None, backbone_config: BackboneConfig = SMALL,
-          device: torch.device | None = None, progress: Callable[[str], None] | None = None) -> dict:
+          photos: Path | None = None, device: torch.device | None = None,
+          progress: Callable[[str], None] | None = None) -> dict:
     """Train the backbone and write config.json, model.safetensors (float16) and card.json to the new `folder`.
 
-    Returns the card. device: of the steps; surfaces are drawn and figures measured on the CPU, which is the default,
+    Returns the card. photos: a folder of photographs, materials of which join the generated ones. device: of the steps; surfaces are drawn and figures measured on the CPU, which is the default,
     with the caller's number of threads. `progress` gets a line now and then.
     """
     config = config or TrainingConfig()
     expect(0 <= seed < MOST_SEEDS, "seed", f"0 to {MOST_SEEDS - 1}", seed)
     expect(not folder.exists(), folder, "a path where nothing lies yet", "an existing file or folder")
-    start = time.monotonic()
+    start, files = time.monotonic(), photos_in(photos) if photos else []
     backbone = _fresh(backbone_config, seed)
     before = validation_figures(backbone)
     backbone.to(device or "cpu")
-    seconds = _optimise(backbone, config, seed, folder.with_name(folder.name + ".checkpoint.pt"), progress)
+    sets = TrainingSets(config, backbone_config.size[0], seed, files)
+    seconds = _optimise(backbone, sets, folder.with_name(folder.name + ".checkpoint.pt"), progress)
     backbone.to("cpu")
     half = {name: value.half().contiguous() for name, value in backbone.net.state_dict().items()}
     backbone.net.load_state_dict({name: value.float() for name, value in half.items()})  # figures of what is stored
     card = {"command": COMMAND, "seed": seed, "seconds": round(seconds), "training": asdict(config),
-            "data": "generated surfaces and objects (anomaly/training_textures.py), no photograph",
+            "data": "generated surfaces and objects (anomaly/training_textures.py), "
+                    + (f"pieces of {len(files)} photographs among them" if files else "no photograph"),
             "figures": {"validation": validation_figures(backbone), "validation before training": before,
                         "validation sets": f"generated, seeds from {VALIDATION_SEED}"},
             "parameters": sum(value.numel() for value in half.values()),
@@ -116,19 +120,45 @@ def _waves(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat(parts, -1).flatten(0, 1)
 
 
-def _optimise(backbone: Backbone, config: TrainingConfig, seed: int, checkpoint: Path,
+@dataclass(frozen=True)
+class TrainingSets:
+    """The set of images of each step."""
+
+    config: TrainingConfig
+    size: int  # pixels
+    seed: int
+    photos: list[Path]
+
+    def of(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = Generator().manual_seed(MOST_STEPS * self.seed + step)
+        return texture_set(self.config.normal, self.config.disturbed, self.size, generator=generator,
+                           photos=self.photos)
+
+    def from_step(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """To the last step; the next one is drawn meanwhile, as photographs take time to be read."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.of, first)
+            for step in range(first, self.config.steps):
+                found = ahead.result()
+                if step + 1 < self.config.steps:
+                    ahead = pool.submit(self.of, step + 1)
+                yield found
+
+
+def _optimise(backbone: Backbone, sets: TrainingSets, checkpoint: Path,
               progress: Callable[[str], None] | None) -> float:
     """Run the steps that are left; returns the seconds of all steps, those before an interruption too."""
+    config = sets.config
     optimiser = torch.optim.AdamW(backbone.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, config))
-    of = [seed, asdict(config), config_record(backbone.config)]
+    of = [sets.seed, asdict(config), config_record(backbone.config), len(sets.photos)]
     parts = {"net": backbone.net, "optimiser": optimiser, "schedule": schedule}
     first, spent = _resumed(checkpoint, parts, of)
     start, losses = time.monotonic() - spent, []
     backbone.train()
-    for step in range(first, config.steps):
-        losses.append(_step(backbone, optimiser, config, seed, step))
+    for step, (images, changed) in enumerate(sets.from_step(first), first):
+        losses.append(_step(backbone, optimiser, images, changed, config.clip))
         schedule.step()
         if (step + 1) % config.checkpoint_every == 0:
             buffer = io.BytesIO()
@@ -159,15 +189,13 @@ def _resumed(checkpoint: Path, parts: dict, of: list) -> tuple[int, float]:
     return state["step"], state["seconds"]
 
 
-def _step(backbone: Backbone, optimiser: torch.optim.Optimizer, config: TrainingConfig, seed: int, step: int) -> float:
-    generator = Generator().manual_seed(MOST_STEPS * seed + step)
-    images, changed = texture_set(config.normal, config.disturbed, backbone.config.size[0], generator=generator)
+def _step(backbone: Backbone, optimiser: torch.optim.Optimizer, images: Tensor, changed: Tensor, clip: float) -> float:
     device = next(backbone.parameters()).device
     share = patch_share(changed, backbone.grid).to(device)
     loss = ranking_loss(set_scores(backbone(images.to(device))), share)
     optimiser.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.clip)
+    torch.nn.utils.clip_grad_norm_(backbone.parameters(), clip)
     optimiser.step()
     return float(loss.detach())
 
@@ -193,15 +221,15 @@ def set_scores(features: Features) -> Tensor:
 
 def _plain_scores(patches: Tensor) -> Tensor:
     """Mean distance to the nearest patch of the closest third (two at least) of the other images: (N, L)."""
-    count = len(patches)
-    with torch.no_grad():  # which patch is nearest; the gradient needs the chosen pairs only
-        nearest = torch.stack([torch.stack([(one @ other.T).argmax(-1) for other in patches]) for one in patches])
-    images = torch.arange(count, device=patches.device)[None, :, None]
-    apart = patches[:, None] - patches[images, nearest]  # (N, N, L, D)
-    distance = apart.square().sum(-1).clamp_min(1e-6).sqrt()  # bounded off 0: the root has no slope there
-    own = torch.eye(count, dtype=torch.bool, device=patches.device)[:, :, None]
-    closest = distance.masked_fill(own, 9.0).sort(1).values
-    return closest[:, :min(count - 1, max(2, count // 3))].mean(1)
+    count, length, _ = patches.shape
+    pool = patches.flatten(0, 1)
+    with torch.no_grad():  # which patches are nearest; the gradient needs the chosen pairs only
+        likeness, places = (pool @ pool.T).view(count, length, count, length).max(3)
+        likeness[torch.arange(count), :, torch.arange(count)] = -9.0  # own image
+        images = likeness.topk(min(count - 1, max(2, count // 3)), dim=2).indices
+        chosen = images * length + places.gather(2, images)
+    apart = patches[:, :, None] - pool[chosen]  # (N, L, k, D)
+    return apart.square().sum(-1).clamp_min(1e-6).sqrt().mean(2)  # bounded off 0: the root has no slope there
 
 
 def ranking_loss(scores: Tensor, share: Tensor) -> Tensor:

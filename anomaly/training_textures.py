@@ -1,29 +1,60 @@
-"""Endless sets of generated surfaces and objects, some of them disturbed, to train the small backbone on.
+"""Endless sets of surfaces and objects, some of them disturbed, to train the small backbone on.
 
-Every set has its own texture family, colours and amount of natural variation; its images differ by shift, light and
-noise only, except where a disturbance was put in. Nothing here is shared with `data.defects`: neither code nor seeds.
+Every set has its own materials, colours and amount of natural variation; its images differ by place, light and noise
+only, except where a disturbance was put in. Materials are generated, and cut out of photographs where some are given.
+Nothing here is shared with `data.defects`: neither code nor seeds.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
-from torch.nn.functional import grid_sample, interpolate
+from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
+
+from data.errors import InputError, expect
+from data.images import list_images, read_rgb, to_uint8
 
 SIGNIFICANT = 0.04  # mean change of a pixel (of 1) from which it counts as disturbed; about 10 of 255 grey levels
+OF_PHOTOS = 0.65    # share of the materials that are cut out of photographs, where there are some
+REACH = 12          # pixels around a crack in which its distance counts
+GRAY = 0.01         # mean colours that differ by less are gray
+
+Photos = Sequence[Path]
+SMALLEST_PHOTO = 200  # pixels of the shorter side; of a smaller one, pieces would be all blur
 
 
-def texture_set(normal: int, disturbed: int, size: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+def photos_in(folder: Path) -> list[Path]:
+    """The images in `folder` and below, those that are too small left out, in sorted order; none is an error."""
+    expect(folder.is_dir(), folder, "a folder of photographs", "no such folder")
+    found = [path for below in sorted({folder, *(p for p in folder.rglob("*") if p.is_dir())})
+             for path in list_images(below) if _large(path)]
+    expect(found, folder, f"images of at least {SMALLEST_PHOTO} pixels a side", "none")
+    return found
+
+
+def _large(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:  # the header only
+            return min(image.size) >= SMALLEST_PHOTO
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: expected an image, found {error}") from None
+
+
+def texture_set(normal: int, disturbed: int, size: int, *, generator: Generator,
+                photos: Photos = ()) -> tuple[Tensor, Tensor]:
     """One set of images of the same kind, the disturbed ones last.
 
     Returns images (B, 3, size, size) float in [0, 1] and changed pixels (B, size, size) bool, B = normal + disturbed.
     """
     count = normal + disturbed
-    clean = _surface(count, size, generator)
+    clean = _surface(count, size, photos, generator)
     spoilt = clean.clone()
     for i in range(normal, count):
-        spoilt[i] = _disturbed(clean[i], generator)
+        spoilt[i] = _disturbed(clean[i], photos, generator)
     changed = (spoilt - clean).abs().mean(1) > SIGNIFICANT
     return _seen_by_a_camera(spoilt, generator), changed
 
@@ -111,11 +142,27 @@ def _outline(count: int, size: int, generator: Generator) -> Tensor:
     return torch.sigmoid(edge - radius) * torch.sigmoid(radius - inner)
 
 
-def _painted(count: int, size: int, generator: Generator) -> Tensor:
-    """A surface of one to three fields in random colours: (B, 3, size, size), not yet limited to [0, 1]."""
+def _plate(count: int, size: int, generator: Generator) -> Tensor:
+    """Soft rectangles in [0, 1] about as large as the picture, which cuts each of them elsewhere."""
+    x, y = _coordinates(count, size, generator, 0.0, _number(generator, 0, 0.05))
+    reach = size / 2 - size * _uniform(generator, -0.08, _number(generator, 0.02, 0.2), 4, count, 1, 1)
+    soft = _number(generator, 0.3, 2)
+    sides = torch.stack([torch.sigmoid(soft * (end - at)) for end, at in zip(reach, (x, -x, y, -y), strict=True)])
+    return sides.prod(0)
+
+
+# --- materials: (B, 3, size, size), not yet limited to [0, 1] --------------------------------------------------------
+
+def _painted(count: int, size: int, photos: Photos, generator: Generator) -> Tensor:
+    """One colour or pieces of a photograph, and up to three fields in random colours."""
     gray = _chance(generator, 0.5)
-    image = _uniform(generator, 0.2, 0.8, 1, 1 if gray else 3, 1, 1).expand(count, 3, size, size)
-    for _ in range(1 + int(_number(generator, 0, 2.5))):
+    if photos and _chance(generator, OF_PHOTOS):
+        image = _photographed(count, size, photos, generator)
+        fields = int(_chance(generator, 0.4))
+    else:
+        image = _uniform(generator, 0.2, 0.8, 1, 1 if gray else 3, 1, 1).expand(count, 3, size, size)
+        fields = 1 + int(_number(generator, 0, 2.5))
+    for _ in range(fields):
         field = (_noise_field if _chance(generator, 0.55) else _lattice_field)(count, size, generator)
         colour = torch.randn(1, 1 if gray else 3, 1, 1, generator=generator)
         colour = colour / colour.norm() * math.sqrt(colour.numel())
@@ -123,24 +170,67 @@ def _painted(count: int, size: int, generator: Generator) -> Tensor:
     return image
 
 
-def _surface(count: int, size: int, generator: Generator) -> Tensor:
-    """Clean images of one kind: a surface, or an object of one surface before another."""
-    image = _painted(count, size, generator)
-    if _chance(generator, 0.45):
-        outline = _outline(count, size, generator)[:, None]
-        ground = _painted(count, size, generator)
-        image = outline * image + (1 - outline) * ground
+def _photographed(count: int, size: int, photos: Photos, generator: Generator) -> Tensor:
+    """Pieces of one photograph, of about the same place or of any, in changed colours."""
+    photo = to_uint8(read_rgb(photos[int(_number(generator, 0, len(photos)))])).float() / 255
+    pieces = _pieces(photo, count, size, generator).rot90(int(_number(generator, 0, 4)), (2, 3))
+    if _chance(generator, 0.5):  # gray, each channel with a weight of its own
+        weights = _uniform(generator, 0.1, 1, 3)
+        pieces = (pieces * (weights / weights.sum())[:, None, None]).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+    elif _chance(generator, 0.5):
+        pieces = pieces[:, torch.randperm(3, generator=generator)]
+    if _chance(generator, 0.15):
+        pieces = 1 - pieces
+    colour = pieces.mean((0, 2, 3), keepdim=True)
+    tint = 0.5 * (colour - colour.mean())
+    return _number(generator, 0.25, 0.75) + (pieces - colour) * _log_number(generator, 0.4, 1.6) + tint
+
+
+def _pieces(photo: Tensor, count: int, size: int, generator: Generator) -> Tensor:
+    """(count, 3, size, size) of a (3, H, W) photograph: a square of it each, a little stretched and turned."""
+    height, width = photo.shape[1:]
+    whole = torch.tensor([width, height])
+    side = _log_number(generator, 0.4, 1.0) * min(height, width)
+    stretch = _number(generator, 0, 0.12) if _chance(generator, 0.5) else 0.0
+    sides = (side * torch.exp(stretch * torch.randn(count, 2, generator=generator))).clamp_max(min(height, width))
+    place = _uniform(generator, 0, 1, count, 2)
+    if _chance(generator, 0.5):  # the same place, nearly
+        place = (place[:1] + _number(generator, 0, 0.06) * (place - 0.5)).clamp(0, 1)
+    angle = _uniform(generator, -1, 1, count) * (_number(generator, 0, 0.1) if _chance(generator, 0.5) else 0)
+    zoom, centre = sides / whole, (1 - sides / whole) * (2 * place - 1)
+    turned = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], 1)
+    where = torch.cat([zoom[:, :, None] * turned, centre[:, :, None]], 2)
+    grid = affine_grid(where, [count, 3, size, size], align_corners=False)
+    return grid_sample(photo.expand(count, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
+
+
+def _surface(count: int, size: int, photos: Photos, generator: Generator) -> Tensor:
+    """Clean images of one kind: a surface, an object before another surface, or a plate that the picture cuts."""
+    image, kind = _painted(count, size, photos, generator), _number(generator, 0, 1)
+    if kind < 0.35:
+        image = _before(_outline(count, size, generator), image, _painted(count, size, photos, generator))
         if _chance(generator, 0.5):
-            part = _outline(count, size // 2, generator)[:, None]
-            part = torch.nn.functional.pad(part, (size // 4, size - size // 2 - size // 4) * 2)
-            image = part * _painted(count, size, generator) + (1 - part) * image
+            part = _outline(count, size // 2, generator)
+            part = pad(part, (size // 4, size - size // 2 - size // 4) * 2)
+            image = _before(part, _painted(count, size, photos, generator), image)
+    elif kind < 0.6:
+        flat = torch.full_like(image, _number(generator, 0, 1))
+        ground = _painted(count, size, photos, generator) if _chance(generator, 0.5) else flat
+        image = _before(_plate(count, size, generator), image, ground)
     return image.clamp(0, 1)
+
+
+def _before(shape: Tensor, image: Tensor, ground: Tensor) -> Tensor:
+    """`image` where the (B, H, W) shape is 1, `ground` where it is 0."""
+    return shape[:, None] * image + (1 - shape[:, None]) * ground
 
 
 # --- disturbances ---------------------------------------------------------------------------------------------------
 
 def _region(size: int, generator: Generator) -> Tensor:
-    """Where a disturbance lies: one soft blob, stroke, speck, rectangle or torn patch, (size, size) in [0, 1]."""
+    """Where a disturbance lies: a soft blob, stroke, speck, rectangle, torn patch or crack, (size, size) in [0, 1]."""
+    if _chance(generator, 0.22):
+        return _crack(size, generator)
     line = torch.arange(size, dtype=torch.float32)
     x, y = line[None, :], line[:, None]
     cx, cy = _uniform(generator, 0.08 * size, 0.92 * size, 2).tolist()
@@ -167,32 +257,58 @@ def _region(size: int, generator: Generator) -> Tensor:
     return torch.sigmoid(10 * (near + 0.35 * rough - 0.7))
 
 
-def _disturbed(image: Tensor, generator: Generator) -> Tensor:
-    """(3, H, W) with one to three disturbances of one kind."""
+def _crack(size: int, generator: Generator) -> Tensor:
+    """A thin line that turns at random."""
+    steps = int(_number(generator, 6, 30))
+    length = _log_number(generator, 0.1, 0.7) * size / steps
+    turns = torch.randn(steps, generator=generator) * _number(generator, 0.1, 0.7)
+    heading = _number(generator, 0, 2 * math.pi) + turns.cumsum(0)
+    moves = length * torch.stack([heading.cos(), heading.sin()], 1)
+    start = _uniform(generator, 0.1 * size, 0.9 * size, 1, 2)
+    ends = start + moves.cumsum(0)
+    near = [torch.full((size, size), math.inf)]
+    line = torch.arange(size, dtype=torch.float32)
+    for (ax, ay), (bx, by) in zip(torch.cat([start, ends[:-1]]).tolist(), moves.tolist(), strict=True):
+        left, top = (max(0, int(min(a, a + b)) - REACH) for a, b in ((ax, bx), (ay, by)))
+        right, bottom = (max(0, int(max(a, a + b)) + REACH) for a, b in ((ax, bx), (ay, by)))
+        x, y = line[None, left:right] - ax, line[top:bottom, None] - ay
+        along = ((x * bx + y * by) / (bx * bx + by * by)).clamp(0, 1)
+        window = near[0][top:bottom, left:right]
+        window.copy_(torch.minimum(window, (x - along * bx).square() + (y - along * by).square()))
+    return torch.sigmoid(3 * (_log_number(generator, 0.5, 2.5) - near[0].sqrt()))
+
+
+def _disturbed(image: Tensor, photos: Photos, generator: Generator) -> Tensor:
+    """(3, H, W) with one to three disturbances of one kind; gray ones, mostly, in a gray image."""
     size = image.shape[-1]
-    kind = int(_number(generator, 0, 6))
+    gray = bool((image - image.mean(0)).abs().max() < GRAY) and _chance(generator, 0.9)
+    kind = int(_number(generator, 0, 8))
     for _ in range(1 + int(_number(generator, 0, 2.2))):
         region = _region(size, generator)
-        image = region * _replacement(image, kind, generator) + (1 - region) * image
+        found = _replacement(image, region, kind, photos, generator)
+        image = region * (found.mean(0, keepdim=True) if gray else found) + (1 - region) * image
     return image.clamp(0, 1)
 
 
-def _replacement(image: Tensor, kind: int, generator: Generator) -> Tensor:
+def _replacement(image: Tensor, region: Tensor, kind: int, photos: Photos, generator: Generator) -> Tensor:
     """What stands where the disturbance lies."""
     size = image.shape[-1]
-    if kind == 0:  # darker or brighter
-        return image + _log_number(generator, 0.08, 0.5) * (1 if _chance(generator, 0.4) else -1)
-    if kind == 1:  # of another colour
+    if kind == 0:  # of another colour
         return image + _uniform(generator, -0.4, 0.4, 3, 1, 1)
-    if kind == 2:  # another material
-        return _painted(1, size, generator)[0]
-    if kind == 3:  # a piece from elsewhere, mirrored at times
+    if kind == 1:  # another material
+        return _painted(1, size, photos, generator)[0]
+    if kind == 2:  # a piece from elsewhere, mirrored at times
         moved = image.roll([int(_number(generator, 0.2, 0.8) * size) for _ in range(2)], (1, 2))
         return moved.transpose(1, 2) if _chance(generator, 0.5) else moved
-    if kind == 4:  # washed out
+    if kind == 3:  # washed out
         coarse = interpolate(image[None], scale_factor=1 / 16, mode="area")
         return interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)[0]
-    return _bent(image, generator)
+    if kind == 4:  # pushed aside
+        return _bent(image, generator)
+    if kind == 5:  # a dent: one side brighter, the other darker
+        slope = region.roll(1, 0) - region.roll(-1, 0)
+        return image + slope / slope.abs().max().clamp_min(1e-6) * _number(generator, -0.5, 0.5)
+    return image + _log_number(generator, 0.08, 0.5) * (1 if _chance(generator, 0.35) else -1)  # darker or brighter
 
 
 def _bent(image: Tensor, generator: Generator) -> Tensor:
@@ -206,15 +322,37 @@ def _bent(image: Tensor, generator: Generator) -> Tensor:
 
 
 def _seen_by_a_camera(images: Tensor, generator: Generator) -> Tensor:
-    """Natural variation, its strength drawn once for the set: exposure, uneven light, gamma, noise."""
+    """Natural variation, its strength drawn once for the set: exposure, uneven light, gamma, streaks, noise."""
     count, size = len(images), images.shape[-1]
-    light = _number(generator, 0, 0.25) if _chance(generator, 0.8) else _number(generator, 0.25, 0.6)
-    gain = torch.exp(light * torch.randn(count, 1, 1, 1, generator=generator).clamp(-2, 2))
-    slopes = torch.randn(count, 1, 3, 3, generator=generator) * _number(generator, 0, 0.12)
-    uneven = interpolate(slopes, size=(size, size), mode="bicubic", align_corners=False)
+    strength = _number(generator, 0, 0.25) if _chance(generator, 0.7) else _number(generator, 0.25, 0.5)
+    light = strength * torch.randn(count, 1, 1, 1, generator=generator).clamp(-2, 2)
+    points = int(_number(generator, 2, 6))
+    light = light + _smooth(count, (points, points), size, generator) * _number(generator, 0, 0.3)
+    if _chance(generator, 0.5):  # bands
+        points = int(_number(generator, 2, 7))
+        shape = (1, points) if _chance(generator, 0.5) else (points, 1)
+        light = light + _smooth(count, shape, size, generator) * _number(generator, 0, 0.35)
+    haze = _smooth(count, (3, 3), size, generator) * _number(generator, 0, 0.08)
     gamma = torch.exp(_number(generator, 0, 0.2) * torch.randn(count, 1, 1, 1, generator=generator))
-    images = (images * gain + uneven).clamp(1e-3, 1) ** gamma
+    images = (images * torch.exp(light) + haze).clamp(1e-3, 1) ** gamma
+    if _chance(generator, 0.3):
+        images = images + _streaks(count, size, generator)
     noise = torch.randn(images.shape, generator=generator) * _number(generator, 0, 0.04)
     if _chance(generator, 0.5):  # the same in all channels, as a gray camera has it
         noise = noise[:, :1]
     return (images + noise).clamp(0, 1)
+
+
+def _smooth(count: int, points: tuple[int, int], size: int, generator: Generator) -> Tensor:
+    """(count, 1, size, size): random numbers at rows x columns of points, and what lies between."""
+    coarse = torch.randn(count, 1, *points, generator=generator)
+    return interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
+
+
+def _streaks(count: int, size: int, generator: Generator) -> Tensor:
+    """(count, 1, size, size) fine lines of one direction, strong here and faint there, other ones in every image."""
+    lines = torch.randn(count, 1, 1, size, generator=generator) * _log_number(generator, 0.005, 0.06)
+    if _chance(generator, 0.5):  # few and strong
+        lines = 3 * lines * (_uniform(generator, 0, 1, count, 1, 1, size) < 0.15)
+    lines = lines * torch.sigmoid(3 * _smooth(count, (5, 5), size, generator))
+    return lines.transpose(2, 3) if _chance(generator, 0.5) else lines

@@ -346,13 +346,15 @@ def weights_train(
     start: Annotated[Path | None, typer.Option(
         help="What the parser starts from: BERT or DistilBERT, a folder of a model hub or a wheel; or a parser.",
     )] = None,
+    photos: Annotated[Path | None, typer.Option(
+        help="A folder of photographs of materials, which the backbone learns from beside generated ones.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of training. Default: those of the embedded weights.")] = None,
     seed: Seed = 0, device: Device = "cpu",
 ) -> None:
     """Train one of the embedded models, with the script that made the committed weights; stopped, it goes on."""
     from submit.weight_commands import train
 
-    train(name.value, out, seed=seed, start=start, steps=steps, device=_use_device(device))
+    train(name.value, out, seed=seed, start=start, photos=photos, steps=steps, device=_use_device(device))
 
 
 @weights_app.command("average", epilog="Example: python -m submit weights average parser_1 parser_2 --out my_parser")

@@ -25,21 +25,25 @@ TRAINERS = {"parser": "retrieval.train_parser", "encoder": "retrieval.train_enco
             "backbone": "anomaly.train_backbone"}
 
 
-def train(name: str, out: Path, *, seed: int, start: Path | None = None, steps: int | None = None,
-          device: str = "cpu") -> None:
+def train(name: str, out: Path, *, seed: int, start: Path | None = None, photos: Path | None = None,
+          steps: int | None = None, device: str = "cpu") -> None:
     """Train `name` into the new folder `out`, progress on stderr, figures on stdout.
 
-    start: pretrained encoder, for the parser only. steps: in place of the number of the embedded weights; its schedule
-    is stretched. An interrupted call goes on from its checkpoint beside `out`, also on another device.
+    start: pretrained encoder, for the parser only. photos: a folder of images, for the backbone only. steps: in place
+    of the number of the embedded weights; its schedule is stretched. An interrupted call goes on from its checkpoint beside `out`, also on another device.
     """
     expect(not out.exists(), out, "a folder that does not exist yet", "one that does")
     expect(start is None or name == "parser", "--start", "the parser", name)
+    expect(photos is None or name == "backbone", "--photos", "the backbone", name)
     trainer = import_module(TRAINERS[name])
     more: dict[str, Any] = {} if start is None else {"start": start}
     asked = ""
+    if photos is not None:
+        more["photos"] = photos
+        asked = " --photos FOLDER"
     if steps is not None:
         more |= _longer(name, trainer, steps, staged=start is not None)
-        asked = f" --steps {steps}"
+        asked += f" --steps {steps}"
     if device != "cpu":
         import torch  # takes more than a second, which `list` need not wait for
 
