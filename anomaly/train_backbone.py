@@ -3,7 +3,8 @@
 The objective is the use: in a small set of images of one kind, some disturbed, the mutual scores (MuSc, Li et al., ICLR
 2024, arXiv:2401.16753) of disturbed patches are to rank above those of all others. Light, shift, turn and noise vary
 within a set, so features learn to ignore them. Departs from it: MuSc takes a pretrained net and trains nothing.
-Data of step i depend on (seed, i) and the photographs alone; an interrupted training goes on from its checkpoint with the same result.
+Data of step i depend on (seed, i) and the photographs alone; an interrupted training goes on from its checkpoint with
+the same result.
 """
 from __future__ import annotations
 
@@ -72,8 +73,9 @@ def train(folder: Path, *, seed: int = 0, config: TrainingConfig | None = None, 
           progress: Callable[[str], None] | None = None) -> dict:
     """Train the backbone and write config.json, model.safetensors (float16) and card.json to the new `folder`.
 
-    Returns the card. photos: a folder of photographs, materials of which join the generated ones. device: of the steps; surfaces are drawn and figures measured on the CPU, which is the default,
-    with the caller's number of threads. `progress` gets a line now and then.
+    Returns the card. photos: a folder of photographs, materials of which join the generated ones. device: of the steps;
+    surfaces are drawn and figures measured on the CPU, which is the default, with the caller's number of threads.
+    `progress` gets a line now and then.
     """
     config = config or TrainingConfig()
     expect(0 <= seed < MOST_SEEDS, "seed", f"0 to {MOST_SEEDS - 1}", seed)

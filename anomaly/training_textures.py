@@ -20,7 +20,7 @@ from data.images import list_images, read_rgb, to_uint8
 
 SIGNIFICANT = 0.04  # mean change of a pixel (of 1) from which it counts as disturbed; about 10 of 255 grey levels
 OF_PHOTOS = 0.65    # share of the materials that are cut out of photographs, where there are some
-REACH = 12          # pixels around a crack in which its distance counts
+REACH = 12          # pixels around a crack in which it shows
 GRAY = 0.01         # mean colours that differ by less are gray
 
 Photos = Sequence[Path]
@@ -265,17 +265,23 @@ def _crack(size: int, generator: Generator) -> Tensor:
     heading = _number(generator, 0, 2 * math.pi) + turns.cumsum(0)
     moves = length * torch.stack([heading.cos(), heading.sin()], 1)
     start = _uniform(generator, 0.1 * size, 0.9 * size, 1, 2)
-    ends = start + moves.cumsum(0)
-    near = [torch.full((size, size), math.inf)]
+    distance = _distance_to_path(torch.cat([start, start + moves.cumsum(0)]), size)
+    return torch.sigmoid(3 * (_log_number(generator, 0.5, 2.5) - distance))
+
+
+def _distance_to_path(path: Tensor, size: int) -> Tensor:
+    """(size, size) distance in pixels to the line through the (P, 2) points x, y; infinite beyond `REACH`, or so."""
+    nearest = torch.full((size, size), math.inf)  # squares
     line = torch.arange(size, dtype=torch.float32)
-    for (ax, ay), (bx, by) in zip(torch.cat([start, ends[:-1]]).tolist(), moves.tolist(), strict=True):
-        left, top = (max(0, int(min(a, a + b)) - REACH) for a, b in ((ax, bx), (ay, by)))
-        right, bottom = (max(0, int(max(a, a + b)) + REACH) for a, b in ((ax, bx), (ay, by)))
-        x, y = line[None, left:right] - ax, line[top:bottom, None] - ay
-        along = ((x * bx + y * by) / (bx * bx + by * by)).clamp(0, 1)
-        window = near[0][top:bottom, left:right]
-        window.copy_(torch.minimum(window, (x - along * bx).square() + (y - along * by).square()))
-    return torch.sigmoid(3 * (_log_number(generator, 0.5, 2.5) - near[0].sqrt()))
+    for (ax, ay), (bx, by) in zip(path[:-1].tolist(), path[1:].tolist(), strict=True):
+        columns, rows = (slice(max(0, int(min(ends)) - REACH), max(0, int(max(ends)) + REACH + 2))
+                         for ends in ((ax, bx), (ay, by)))
+        x, y = line[None, columns] - ax, line[rows, None] - ay
+        dx, dy = bx - ax, by - ay
+        along = ((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-12)).clamp(0, 1)
+        near = nearest[rows, columns]
+        near.copy_(torch.minimum(near, (x - along * dx).square() + (y - along * dy).square()))
+    return nearest.sqrt()
 
 
 def _disturbed(image: Tensor, photos: Photos, generator: Generator) -> Tensor:

@@ -8,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import gelu, normalize, scaled_dot_product_attention
+from torch.nn.functional import conv2d, gelu, normalize, scaled_dot_product_attention
 
 from anomaly.backbone import (
     CLIP_LARGE,
@@ -33,7 +33,8 @@ from anomaly.train_backbone import (
     ranking_loss,
     train,
 )
-from anomaly.training_textures import texture_set
+from anomaly.training_textures import OF_PHOTOS, _distance_to_path, _painted, _pieces, photos_in, texture_set
+from data.images import read_rgb, to_uint8
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "dynamic_img_size": True}
 
@@ -406,6 +407,48 @@ def test_the_embedded_weights_are_small_and_have_a_card():
     assert load_backbone().config.final_norm
 
 
+# --- the stem of convolutions -----------------------------------------------------------------------------------------
+
+def with_stem(**changes):
+    return tiny(arguments=ARGUMENTS | {"embed_layer": "convolutions"} | changes)
+
+
+def normed(x, layer):
+    """Group by group, each to mean 0 and deviation 1."""
+    groups = x.unflatten(1, (layer.num_groups, -1))
+    mean, deviation = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), correction=0, keepdim=True).sqrt()
+    flat = ((groups - mean) / (deviation ** 2 + layer.eps).sqrt()).flatten(1, 2)
+    return flat * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+
+def test_the_stem_is_its_convolutions_one_after_the_other():
+    backbone = random_backbone(with_stem(), seed=0)
+    stem, x = backbone.net.patch_embed.proj, torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    a, na, _, b, nb, _ = stem.halved
+    small = gelu(normed(conv2d(gelu(normed(conv2d(x, a.weight, a.bias, 2, 1), na)), b.weight, b.bias, 2, 1), nb))
+    c, nc, _, d, nd = stem.again
+    again = normed(conv2d(gelu(normed(conv2d(small, c.weight, c.bias, 1, 1), nc)), d.weight, d.bias, 1, 1), nd)
+    _, e, ne, _, f = stem.patches
+    assert e.kernel_size == e.stride == (2, 2)  # 8 pixels a patch, halved twice before
+    expected = conv2d(gelu(normed(conv2d(gelu(small + again), e.weight, e.bias, 2), ne)), f.weight, f.bias)
+    torch.testing.assert_close(backbone.net.patch_embed(x), expected.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+
+
+def test_a_net_with_a_stem_is_any_backbone(tmp_path, refuses):
+    backbone, batch = random_backbone(with_stem(), seed=0), images(3)
+    found = extract(backbone, batch)
+    torch.testing.assert_close(found.layers[0][:1], extract(backbone, batch[:1]).layers[0], rtol=0, atol=1e-5)
+    folder = tmp_path / "net"
+    folder.mkdir()
+    save_file(backbone.net.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_record(with_stem())))
+    torch.testing.assert_close(extract(load_backbone(folder), batch).layers, found.layers)
+    with refuses(r"BackboneConfig.arguments embed_layer: expected one of convolutions, found os.system$"):
+        random_backbone(with_stem(embed_layer="os.system"), seed=0)
+    with refuses(r"patch_size: expected multiples of 4 pixels, found \(2, 2\)$"):
+        random_backbone(with_stem(patch_size=2), seed=0)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 QUICK = TrainingConfig(steps=4, warmup=2, checkpoint_every=2)
@@ -487,6 +530,80 @@ def test_sets_of_textures_follow_their_seed_and_mark_what_changed():
         assert torch.equal(pictures, drawn(seed)[0]) and not torch.equal(pictures, drawn(seed + 100)[0])
         changed_pixels += int(changed.sum())
     assert changed_pixels > 50 and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two photographs that will do, one below the other, and what will not."""
+    folder = tmp_path / "photos"
+    (folder / "walls").mkdir(parents=True)
+    red, blue = (torch.zeros(200, 240, 3, dtype=torch.uint8) for _ in range(2))
+    red[:, :120, 0], red[:, 120:, 2] = 255, 255
+    blue[..., 2] = 200
+    Image.fromarray(red.numpy()).save(folder / "z.png")
+    Image.fromarray(blue.numpy()).save(folder / "walls" / "a.png")
+    Image.new("RGB", (400, 199)).save(folder / "small.png")
+    Image.new("RGB", (400, 400)).save(folder / ".hidden.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_photographs_are_found_in_folders_below(photos, tmp_path, refuses):
+    assert photos_in(photos) == [photos / "z.png", photos / "walls" / "a.png"]
+    with refuses(r"nowhere: expected a folder of photographs, found no such folder$"):
+        photos_in(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with refuses(r"empty: expected images of at least 200 pixels a side, found none$"):
+        photos_in(tmp_path / "empty")
+    (photos / "broken.png").write_bytes(b"no image")
+    with refuses(r"broken.png: expected an image, found cannot identify"):
+        photos_in(photos)
+
+
+def test_pieces_of_photographs_are_cut_and_not_made_up(photos):
+    photo = to_uint8(read_rgb(photos / "z.png")).float() / 255
+    seen = set()
+    for seed in range(10):
+        pieces = _pieces(photo, 3, 32, torch.Generator().manual_seed(seed))
+        assert pieces.shape == (3, 3, 32, 32)
+        torch.testing.assert_close(pieces[:, 0] + pieces[:, 2], torch.ones(3, 32, 32))  # red beside blue, nothing else
+        assert pieces[:, 1].abs().max() == 0
+        seen |= set(pieces[:, 0].round().unique().tolist())
+    assert seen == {0, 1}
+
+
+def test_a_share_of_the_materials_is_photographed(photos, monkeypatch):
+    cut = []
+    monkeypatch.setattr("anomaly.training_textures._photographed",
+                        lambda count, size, files, generator: cut.append(files) or torch.zeros(count, 3, size, size))
+    for seed in range(200):
+        _painted(1, 8, [photos / "z.png"], torch.Generator().manual_seed(seed))
+    assert abs(len(cut) / 200 - OF_PHOTOS) < 0.1
+    cut.clear()
+    _painted(1, 8, [], torch.Generator().manual_seed(0))
+    assert not cut
+
+
+def test_the_way_to_a_crack_is_measured_to_its_nearest_piece():
+    path = torch.tensor([[5.0, 5.0], [20.0, 9.0], [20.0, 9.0], [18.0, 40.0]])
+    found = _distance_to_path(path, 32)
+    for y in range(32):
+        for x in range(32):
+            along = [path[k] + t * (path[k + 1] - path[k]) for k in range(3) for t in torch.linspace(0, 1, 2001)[::20]]
+            nearest = min(float((point - torch.tensor([x, y])).norm()) for point in along)
+            assert found[y, x] == pytest.approx(nearest, abs=0.1) if nearest < 10 else found[y, x] > 9
+
+
+def test_a_training_with_photographs_says_so_and_keeps_to_them(photos, tmp_path, few_validation_sets, refuses):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "x", config=QUICK, backbone_config=tiny(), photos=photos, progress=stop)
+    with refuses("x.checkpoint.pt: expected the checkpoint of"):
+        train(tmp_path / "x", config=QUICK, backbone_config=tiny())
+    card = train(tmp_path / "x", config=QUICK, backbone_config=tiny(), photos=photos)
+    assert card["data"].endswith("pieces of 2 photographs among them")
+    train(tmp_path / "without", config=QUICK, backbone_config=tiny())
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("x", "without"))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
 def test_scores_in_training_are_the_mutual_scores():

@@ -404,6 +404,8 @@ def test_the_command_hands_the_start_on(tmp_path, monkeypatch, refuses):
     assert (seen["seed"], seen["start"]) == (4, tmp_path / "hub")
     with refuses("--start: expected the parser, found encoder"):
         weight_commands.train("encoder", tmp_path / "other", seed=4, start=tmp_path / "hub")
+    with refuses("--photos: expected the backbone, found parser"):
+        weight_commands.train("parser", tmp_path / "other", seed=4, photos=tmp_path)
 
 
 def test_words_of_a_published_vocabulary_are_spelled_by_its_pieces(hub):
