@@ -10,7 +10,6 @@ nets share one reading of the images; class features of every net have unit leng
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -20,8 +19,6 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -31,6 +28,7 @@ from torch.nn.functional import normalize
 from anomaly.conv_stem import ConvStem
 from data.errors import InputError, expect
 from data.images import to_uint8
+from data.weight_files import read_json, read_weights
 
 EMBEDDED = Path(__file__).parent / "weights" / "backbone"
 INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -167,10 +165,7 @@ def load_backbone(folder: Path = EMBEDDED, config: BackboneConfig | None = None,
     config = config or _read_config(folder / "config.json")
     expect(weights.is_file(), weights, "the weights of the backbone", "no such file")
     backbone = random_backbone(config, seed=0)
-    try:
-        state = {name: value.float() for name, value in load_file(weights).items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights}: expected a safetensors file, found {error}") from None
+    state = {name: value.float() for name, value in read_weights(weights).items()}
     _check_names(weights, set(backbone.net.state_dict()), set(state))
     _fit_positions(weights, state, backbone)
     try:
@@ -207,10 +202,7 @@ def _stored_grid(path: Path, positions: int, backbone: Backbone) -> tuple[int, i
 
 def _read_config(path: Path) -> BackboneConfig:
     expect(path.is_file(), path, "the description of a backbone", "no such file")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON, found {error}") from None
+    values = read_json(path)
     expect(isinstance(values, dict), path, "a JSON object", type(values).__name__)
     known = {f.name for f in fields(BackboneConfig)}
     expect(values.keys() <= known, path, f"keys among {sorted(known)}", sorted(values.keys() - known))

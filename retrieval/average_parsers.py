@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from data.errors import expect
+from data.weight_files import read_json
 from retrieval.parser import read_parser
 from retrieval.train_parser import about, stored_figures, write_parser
-from retrieval.weight_files import read_json
 
 COMMAND = "python -m submit weights average"
 HELD_OUT = 2000  # sentences for each figure

@@ -5,7 +5,6 @@ data). A folder without them composes as published.
 """
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from data.errors import expect
 from data.files import write_atomic, write_json
+from data.weight_files import read_json, read_weights
 from retrieval.compose import (
     NO_STATISTICS,
     PUBLISHED,
@@ -26,7 +26,6 @@ from retrieval.compose import (
 )
 from retrieval.encoder import CONFIGS, VOCABULARY, WEIGHTS, Encoder, one_of
 from retrieval.prompts import TextCache
-from retrieval.weight_files import read_tensors
 
 SETTINGS, STATISTICS = "composer.json", "composer.safetensors"
 
@@ -78,11 +77,8 @@ def read_settings(file: Path) -> ComposerConfig:
     """The config of a `composer.json`; published where there is none. Errors name the file and the key."""
     if not file.exists():
         return PUBLISHED
-    try:
-        found = json.loads(file.read_text())
-    except ValueError:
-        found = None
-    expect(isinstance(found, dict), file, "a JSON object of settings", "something else")
+    found = read_json(file)
+    expect(isinstance(found, dict), file, "a JSON object of settings", type(found).__name__)
     known = [field.name for field in fields(ComposerConfig)]
     for name, value in found.items():
         expect(name in known, file, f"settings out of {', '.join(known)}", name)
@@ -105,7 +101,7 @@ def read_statistics(file: Path) -> Statistics:
     """Means and bank of a `composer.safetensors`; none where there is no file."""
     if not file.exists():
         return NO_STATISTICS
-    found = read_tensors(file)
+    found = read_weights(file)
     shapes = {"text_mean": 1, "image_mean": 1, "bank": 2}
     for name, value in found.items():
         expect(name in shapes, file, f"tensors out of {', '.join(shapes)}", name)

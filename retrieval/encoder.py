@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import retrieval.small_trunk  # noqa: F401  (makes the small trunk known to timm)
 from data.errors import InputError, expect
+from data.weight_files import read_json, read_weights
 from retrieval.vocabulary import Vocabulary
-from retrieval.weight_files import read_json, read_tensors
 
 EMBEDDED = Path(__file__).parent / "weights" / "encoder"
 CONFIGS = ("config.json", "open_clip_config.json")        # ours; the name open_clip gives it on the hub
@@ -124,7 +124,7 @@ def load_encoder(folder: Path | None = None, *, device: torch.device | str) -> E
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise InputError(f"{config_file}: expected settings of an open_clip model, found "
                          f"{type(error).__name__}: {error}") from error
-    load_strictly(model, read_tensors(weights_file), weights_file)
+    load_strictly(model, read_weights(weights_file), weights_file)
     kept_file = folder / VOCABULARY
     kept = read_json(kept_file) if kept_file.exists() else None
     vocabulary = Vocabulary(kept, context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))

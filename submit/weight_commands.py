@@ -30,7 +30,8 @@ def train(name: str, out: Path, *, seed: int, start: Path | None = None, photos:
     """Train `name` into the new folder `out`, progress on stderr, figures on stdout.
 
     start: pretrained encoder, for the parser only. photos: a folder of images, for the backbone only. steps: in place
-    of the number of the embedded weights; its schedule is stretched. An interrupted call goes on from its checkpoint beside `out`, also on another device.
+    of the number of the embedded weights; its schedule is stretched. An interrupted call goes on from its checkpoint
+    beside `out`, also on another device.
     """
     expect(not out.exists(), out, "a folder that does not exist yet", "one that does")
     expect(start is None or name == "parser", "--start", "the parser", name)

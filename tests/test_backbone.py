@@ -360,7 +360,7 @@ def test_missing_and_wrong_files_are_named(folder, tmp_path, refuses):
     with refuses(r"model.safetensors: expected the shapes of vit_tiny_patch16_224, found size mismatch for norm.bias"):
         load_backbone(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
-    with refuses("model.safetensors: expected a safetensors file, found "):
+    with refuses("model.safetensors: expected a whole safetensors file, found "):
         load_backbone(folder)
     (folder / "model.safetensors").unlink()
     with refuses(r"model.safetensors: expected the weights of the backbone, found no such file$"):

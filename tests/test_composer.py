@@ -76,8 +76,8 @@ def test_nothing_is_overwritten(tmp_path, refuses):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("[1]", "composer.json: expected a JSON object of settings, found something else"),
-    ("{", "composer.json: expected a JSON object of settings, found something else"),
+    ("[1]", "composer.json: expected a JSON object of settings, found list"),
+    ("{", "composer.json: expected JSON, found"),
     ('{"addweight": 1}', "composer.json: expected settings out of prompts, unit, .*, found addweight"),
     ('{"add_weight": "2"}', "composer.json 'add_weight': expected a number, found '2'"),
     ('{"add_weight": true}', "composer.json 'add_weight': expected a number, found True"),

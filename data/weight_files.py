@@ -6,7 +6,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.errors import InputError
@@ -20,17 +19,9 @@ def read_json(path: Path) -> object:
         raise InputError(f"{path}: expected JSON, found {error}") from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: expected a whole safetensors file, found {error}") from error
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer of the tokenizers library."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no other class
-        raise InputError(f"{path}: expected a tokenizer, found {error}") from error
