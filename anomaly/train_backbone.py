@@ -43,8 +43,7 @@ SMALL = BackboneConfig(
 DEGREES = (1, 3)  # as scoring uses them
 MOST_STEPS = 100_000  # seeds of step i: MOST_STEPS * seed + i
 MOST_SEEDS = 2 ** 32 // MOST_STEPS  # generators of the CPU know 32 bits of a seed: more would come round to used ones
-# Sets of the validation start here, above all training. The shipped card's figures are of seeds from 1,000,003, where
-# training with seed 10 would meet them.
+# Sets of the validation start here, above all training.
 VALIDATION_SEED = MOST_SEEDS * MOST_STEPS
 
 

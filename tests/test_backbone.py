@@ -401,7 +401,7 @@ def test_configs_that_cannot_work_are_refused(refuses):
 def test_the_embedded_weights_are_small_and_have_a_card():
     assert (EMBEDDED / "model.safetensors").stat().st_size < 12e6
     card = json.loads((EMBEDDED / "card.json").read_text())
-    assert card["command"] == "python -m submit weights train backbone --out FOLDER"
+    assert card["command"] == "python -m submit weights train backbone --out FOLDER --photos FOLDER"
     figures = card["figures"]
     assert figures["validation"]["patch_auroc"] > figures["validation before training"]["patch_auroc"]
     assert load_backbone().config.final_norm
