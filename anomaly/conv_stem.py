@@ -21,6 +21,7 @@ class ConvStem(PatchEmbed):
         super().__init__(*args, in_chans=in_chans, embed_dim=embed_dim, **options)
         sides = tuple(self.patch_size)
         expect(all(side % 4 == 0 for side in sides), "patch_size", "multiples of 4 pixels", sides)
+        expect(embed_dim % GROUP == 0, "embed_dim", f"a multiple of {GROUP}", embed_dim)
         self.proj = _Convolutions(in_chans, embed_dim, tuple(side // 4 for side in sides))
 
 

@@ -445,6 +445,10 @@ def test_a_net_with_a_stem_is_any_backbone(tmp_path, refuses):
     torch.testing.assert_close(extract(load_backbone(folder), batch).layers, found.layers)
     with refuses(r"BackboneConfig.arguments embed_layer: expected one of convolutions, found os.system$"):
         random_backbone(with_stem(embed_layer="os.system"), seed=0)
+    with refuses(r"BackboneConfig.arguments embed_layer: expected one of convolutions, found \[\]$"):
+        random_backbone(with_stem(embed_layer=[]), seed=0)
+    with refuses(r"^embed_dim: expected a multiple of 8, found 28$"):
+        random_backbone(with_stem(embed_dim=28), seed=0)
     with refuses(r"patch_size: expected multiples of 4 pixels, found \(2, 2\)$"):
         random_backbone(with_stem(patch_size=2), seed=0)
 
@@ -587,10 +591,10 @@ def test_a_share_of_the_materials_is_photographed(photos, monkeypatch):
 def test_the_way_to_a_crack_is_measured_to_its_nearest_piece():
     path = torch.tensor([[5.0, 5.0], [20.0, 9.0], [20.0, 9.0], [18.0, 40.0]])
     found = _distance_to_path(path, 32)
+    along = torch.cat([path[k] + torch.linspace(0, 1, 101)[:, None] * (path[k + 1] - path[k]) for k in range(3)])
     for y in range(32):
         for x in range(32):
-            along = [path[k] + t * (path[k + 1] - path[k]) for k in range(3) for t in torch.linspace(0, 1, 2001)[::20]]
-            nearest = min(float((point - torch.tensor([x, y])).norm()) for point in along)
+            nearest = float((along - torch.tensor([x, y])).norm(dim=1).min())
             assert found[y, x] == pytest.approx(nearest, abs=0.1) if nearest < 10 else found[y, x] > 9
 
 
