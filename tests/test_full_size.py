@@ -70,10 +70,12 @@ def test_no_step_starts_without_its_time_or_its_data(tmp_path, monkeypatch, caps
     long = Step("long", "x", "long", "{data}", "", 5.0)
     needy = Step("needy", "x", "needy", "{data}", "", sets=("cifar10", "mnist"))
     start = Step("start", "x", "start", "{start}", "")
+    photos = Step("photos", "x", "photos", "{photos}", "")
     monkeypatch.setattr(full_size, "run_step", None)
-    assert full_size.run_all([long, needy, start], place, TimeLimit(2), {}) == []
+    assert full_size.run_all([long, needy, start, photos], place, TimeLimit(2), {}) == []
     assert "long: no time, needs 5 minutes of which 2.0 are left" in capsys.readouterr().err
     assert full_size.state(needy, place) == "needs --data with cifar10, mnist"
+    assert full_size.state(photos, place) == "needs --photos FOLDER"
     assert full_size.state(start, place) == "needs --start WHEEL" and full_size.state(long, place) == "to be done"
     (tmp_path / "long_gpu.json").write_text('{"left": 3}')
     assert full_size.state(long, place) == "3 left"
