@@ -34,7 +34,7 @@ TRIES = 5           # passes of one image that are timed, two if they take longe
 SMALLEST_SIDE = 32  # pixels below which images are not shrunk to save time
 FEWEST = 8          # classes from which free features are judged, and changes by a null that leans: with fewer, both
                     # alarm too often by themselves
-PUSHED = 4          # times as many images for free features as for changes
+PUSHED = 2          # times as many images for free features as for changes
 FORWARD = 1 / 3     # cost of a pass that is not followed back, in whole ones
 
 
