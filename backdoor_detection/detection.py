@@ -1,9 +1,8 @@
 """The shipped detector: from a model and a folder of clean images to a verdict, before a deadline.
 
 A few universal changes of the picture for each class (`universal.py`) and, in networks that can be cut, features pushed
-freely at two depths (`free_features.py`); then the question whether the class that gets furthest stands out from the
-others, with what all three say taken together (`outlier.py`). How much is done is planned from a timed pass and stays
-within the time.
+freely (`free_features.py`); then the question whether the class that gets furthest stands out from the others, with
+what both say taken together (`outlier.py`). How much is done is planned from a timed pass and stays within the time.
 """
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from torch.nn.functional import avg_pool2d
 
 from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import CleanImages, draw_balanced, read_clean_images
-from backdoor_detection.free_features import CUTS, Cut, free_margins
-from backdoor_detection.outlier import deleted_residual_p_value, fisher_p_value, gumbel_p_value
-from backdoor_detection.split_model import can_be_split, check_classes, frozen_copy, input_channels
+from backdoor_detection.free_features import STEPS, free_margins, pushed_images
+from backdoor_detection.outlier import deleted_residual_p_value, fisher_p_value, outlier_p_value
+from backdoor_detection.split_model import SplitModel, can_be_split, check_classes, frozen_copy, input_channels
 from backdoor_detection.universal import Reach, UniversalConfig, screening_step, universal_reach
 from data.devices import chosen_device
 from data.errors import expect
@@ -32,10 +31,7 @@ BLOCK_SHARE = 0.1   # of the time left that one block may take, by the timed pas
 TOGETHER, QUICK = 16, 0.5  # images timed at once, where one by one they would take fewer seconds than that
 TRIES = 5           # passes of one image that are timed, two if they take longer than that together
 SMALLEST_SIDE = 32  # pixels below which images are not shrunk to save time
-FEWEST = 8          # classes from which free features are judged, and changes by a null that leans: with fewer, both
-                    # alarm too often by themselves
-PUSHED = 2          # times as many images for free features as for changes
-FORWARD = 1 / 3     # cost of a pass that is not followed back, in whole ones
+FREELY = 8          # classes from which free features are judged: with fewer their null alarms too often by itself
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class DetectorConfig:
 class Detection:
     """p_value: that one class stands out, small = suspicious. margins: (K,) CPU, under changes of the picture. suspect:
     the class that stands out most. p_values: of the changes and, where there was time, the network can be cut and has
-    eight classes, of free features at each of the two depths.
+    eight classes, of free features.
 
     kept: classes that were followed to the end. How far the time reached: `images` of pixels `side`, `steps` of
     the `steps_asked`; seconds in all.
@@ -76,23 +72,22 @@ class Detection:
 
 @dataclass(frozen=True)
 class Plan:
-    """Images of the changes and of free features, their shrinking (side divided by it), gradient steps of each change,
-    classes to follow, changes, depths of free features."""
+    """Images, their shrinking (side divided by it), gradient steps of each change, classes to follow, changes, steps of
+    free features."""
 
     images: int
-    pushed: int
     shrink: int
     steps: int
     kept: int
     changes: int
-    cuts: tuple[Cut, ...]
+    free_steps: int
 
     def passes(self, num_classes: int) -> float:
         """Images through the network and back, in images of full size."""
         screened = num_classes / screening_step(self.images) if num_classes > self.kept else 0
-        followed, climb = min(self.kept, num_classes), self.steps - 1 + FORWARD
-        sweeps = screened * (1 + climb) + followed * (1 + climb * self.changes)
-        free = followed * sum(cut.passes(self.pushed) for cut in self.cuts)
+        followed = min(self.kept, num_classes)
+        sweeps = screened * (1 + self.steps) + followed * (1 + self.steps * self.changes)
+        free = followed * self.free_steps * pushed_images(self.images)
         return (self.images * sweeps + free) / self.shrink ** 2
 
 
@@ -112,21 +107,20 @@ def detect(model: nn.Module, num_classes: int, images_folder: Path | str, transf
     device = next(model.parameters()).device
     seconds = _seconds_per_image(network, given, device, clock)
     left = start + config.deadline_s - clock()
-    cuts = CUTS if num_classes >= FEWEST and can_be_split(model) else ()
-    plan = _fitting_plan(seconds, num_classes, left, given, config.reach, cuts)
+    free_steps = STEPS if num_classes >= FREELY and can_be_split(model) else 0
+    plan = _fitting_plan(seconds, num_classes, left, given, config.reach, free_steps)
     reach = replace(config.reach, images=plan.images, steps=plan.steps, kept=plan.kept,
                     block=_timely_block(seconds, left, given, config.reach))
     pixels, labels = _chosen(network, given, plan, num_classes, device, generator=generator)
-    places = draw_balanced(labels.tolist(), plan.images, generator=generator)
-    images = ChangedImages(network, pixels[places], labels[places], given.std.to(device), num_classes, reach.block)
+    images = ChangedImages(network, pixels, labels, given.std.to(device), num_classes, reach.block)
     late = _Deadline(start + config.deadline_s, device, clock)
     found = universal_reach(images, reach, late=late)
     verdicts = [standing_out(found)]
-    for cut in plan.cuts:
-        margins = free_margins(model, cut, pixels, found.kept, num_classes, block=reach.block, late=late)
-        verdicts += [] if margins is None else [standing_out_freely(margins.cpu(), found, cut)]
+    if plan.free_steps:
+        margins = free_margins(SplitModel(model), pixels, found.kept, num_classes, block=reach.block, late=late)
+        verdicts += [] if margins is None else [standing_out_freely(margins.cpu(), found)]
     p_value = fisher_p_value([p for p, _ in verdicts])
-    return Detection(p_value < config.alarm, p_value, found.margins, min(verdicts)[1], found.kept, plan.images,
+    return Detection(p_value < config.alarm, p_value, found.margins, min(verdicts)[1], found.kept, len(pixels),
                      pixels.shape[-1], found.steps, config.reach.all_steps, clock() - start,
                      tuple(p for p, _ in verdicts))
 
@@ -159,17 +153,12 @@ def standing_out(found: Reach) -> tuple[float, int]:
 
     1 where nothing can be compared: fewer than three classes, or margins that are not finite.
     """
-    return _furthest(found.margins[[*found.kept]], found, leaning_p_value)
+    return _furthest(found.margins[[*found.kept]], found, deleted_residual_p_value)
 
 
-def leaning_p_value(margins: Tensor, tried: int) -> float:
-    """By the Gumbel null where there are eight margins, else by the normal one."""
-    return (gumbel_p_value if len(margins) >= FEWEST else deleted_residual_p_value)(margins, tried)
-
-
-def standing_out_freely(margins: Tensor, found: Reach, cut: Cut) -> tuple[float, int]:
-    """The same of (len(kept),) margins of free features behind a cut."""
-    return _furthest(margins, found, cut.p_value)
+def standing_out_freely(margins: Tensor, found: Reach) -> tuple[float, int]:
+    """The same of (len(kept),) margins of free features, with the report's null; 1 where nothing can be compared."""
+    return _furthest(margins, found, outlier_p_value)
 
 
 def _furthest(margins: Tensor, found: Reach, p_value: Callable[[Tensor, int], float]) -> tuple[float, int]:
@@ -184,8 +173,8 @@ def _furthest(margins: Tensor, found: Reach, p_value: Callable[[Tensor, int], fl
 
 def _chosen(network: nn.Module, given: CleanImages, plan: Plan, num_classes: int, device: torch.device, *,
             generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The plan's images, of free features, on the device, and their labels: as named, else as the network sees them."""
-    places = draw_balanced(given.labels.tolist(), plan.pushed, generator=generator)
+    """The plan's images on the device, and their labels: as named, else as the network sees them."""
+    places = draw_balanced(given.labels.tolist(), plan.images, generator=generator)
     pixels = given.pixels[places].to(device)
     labels = given.labels[places].to(device)
     if plan.shrink > 1:
@@ -222,13 +211,13 @@ def _pass_seconds(network: nn.Module, pixels: Tensor, device: torch.device, cloc
 
 
 def _fitting_plan(seconds: float, num_classes: int, left: float, given: CleanImages, asked: UniversalConfig,
-                  cuts: tuple[Cut, ...]) -> Plan:
+                  free_steps: int) -> Plan:
     """The most thorough plan that fits the time, else the quickest."""
-    images, pushed = (min(count, len(given.pixels)) for count in (asked.images, PUSHED * asked.images))
+    images = min(asked.images, len(given.pixels))
     side = min(given.pixels.shape[-2:])
     pair = min(2, images)  # of two labels, so that every class has images of another
-    plans = [Plan(max(pair, images // fewer), max(pair, pushed // fewer), shrink, max(1, asked.steps // fewer),
-                  max(5, asked.kept // fewer), len(asked.changes), cuts)
+    plans = [Plan(max(pair, images // fewer), shrink, max(1, asked.steps // fewer), max(5, asked.kept // fewer),
+                  len(asked.changes), free_steps)
              for shrink in (1, 2, 4) if shrink == 1 or side // shrink >= SMALLEST_SIDE for fewer in (1, 2, 4)]
     plans.sort(key=lambda plan: -plan.passes(num_classes))
     return next((plan for plan in plans if plan.passes(num_classes) * seconds <= PLANNED * left), plans[-1])

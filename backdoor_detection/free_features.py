@@ -1,71 +1,43 @@
-"""How far features can be pushed towards each class, without any bound, at two depths of a network.
+"""How far the features after the first block can be pushed towards each class, without any bound.
 
-The contest report's way (`margins.py`) in brief: the same images for each class in place of thirty drawn for each,
-eight steps of twelve times the rate in place of a hundred. After the first block, as in the report, the image that
-gets furthest tells most; behind the third layer, where a backdoor is a direction of its own, the median of many images
-does. They err on other networks than changes of the picture do.
+The contest report's way (`margins.py`) in brief: the same eight images for each class in place of thirty, eight steps
+of twelve times the rate in place of a hundred. By itself it tells about as much as the whole, and it errs on other
+networks than changes of the picture do.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from backdoor_detection.margins import Move, ReportConfig, climb, largest, side_by_side, sign_steps
-from backdoor_detection.outlier import deleted_residual_p_value, outlier_p_value
+from backdoor_detection.margins import Move, ReportConfig, climb, side_by_side, sign_steps
 from backdoor_detection.split_model import SplitModel
 
+SHARE = 3  # one image in so many is pushed
 STEPS = 8
 CONFIG = replace(ReportConfig(), steps=STEPS, warm_up=1, peak=1.2)
 
 
-def median(margins: Tensor) -> Tensor:
-    """(k,) of (k, n) margins."""
-    return margins.quantile(0.5, dim=1)
+def pushed_images(count: int) -> int:
+    """How many of `count` images are pushed: one in three, all where these are fewer."""
+    return count // SHARE or count
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Where features are pushed, and how that is judged.
-
-    layers: before it, as of `SplitModel`. share: one image in so many is pushed, all where these are fewer. over: the
-    images' margins to a class's. p_value: of the furthest of some margins among so many classes.
-    """
-
-    layers: int
-    share: int
-    over: Callable[[Tensor], Tensor]
-    p_value: Callable[[Tensor, int], float]
-
-    def images(self, count: int) -> int:
-        """How many of `count` are pushed."""
-        return count // self.share or count
-
-    def passes(self, count: int) -> float:
-        """Of `count` images, in passes of one through the whole network and back; every layer costs about as much."""
-        return STEPS * self.images(count) * (4 - self.layers) / 4
-
-
-CUTS = (Cut(0, 3, largest, outlier_p_value), Cut(3, 1, median, deleted_residual_p_value))
-
-
-def free_margins(model: nn.Module, cut: Cut, pixels: Tensor, classes: Sequence[int], num_classes: int, *, block: int,
+def free_margins(split: SplitModel, pixels: Tensor, classes: Sequence[int], num_classes: int, *, block: int,
                  late: Callable[[], bool] = lambda: False) -> Tensor | None:
-    """(len(classes),) how far the features behind the cut get towards each of `classes`; None when late.
+    """(len(classes),) the largest margin that each of `classes` reaches over the images; None when late.
 
-    model: a PreActResNet18. pixels: (N, C, H, W) normalised. block: feature values through the network at once. late:
-    asked between steps.
+    pixels: (N, C, H, W) normalised. block: feature values through the network at once. late: asked between steps.
     """
-    split = SplitModel(model, cut.layers)
     with torch.no_grad():
-        features = split.stem(pixels[::cut.share if len(pixels) >= cut.share else 1][:cut.images(len(pixels))])
+        features = split.stem(pixels[::SHARE if len(pixels) >= SHARE else 1][:pushed_images(len(pixels))])
     found = []
     for group in side_by_side(len(classes), features.numel(), block):
         steps = _InTime(sign_steps(CONFIG), late)
         found.append(climb(split.trunk, features.repeat(len(group), 1, 1, 1), [classes[i] for i in group],
-                           num_classes, steps, 0.0, cut.over))
+                           num_classes, steps, 0.0))
         if steps.stopped:
             return None
     return torch.cat(found)

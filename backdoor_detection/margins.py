@@ -71,19 +71,13 @@ def side_by_side(num_classes: int, per_class: int, block: int) -> list[list[int]
     return [list(range(k, min(k + together, num_classes))) for k in range(0, num_classes, together)]
 
 
-def largest(margins: Tensor) -> Tensor:
-    """(k,) of (k, n) margins: the one image that gets furthest."""
-    return margins.amax(1)
-
-
 def climb(forward: Callable[[Tensor], Tensor], free: Tensor, classes: Sequence[int], num_classes: int,
-          moves: Iterable[Move], tolerance: float, over: Callable[[Tensor], Tensor] = largest) -> Tensor:
-    """(len(classes),) margins, `over` the points of each class, when they last went through `forward`.
+          moves: Iterable[Move], tolerance: float) -> Tensor:
+    """(len(classes),) largest margin of each class over its points, when they last went through `forward`.
 
     forward: points to (B, num_classes) logits. free: (len(classes) * n, C, H, W) first points, n for each class.
     moves: at step s, moves[s](free, gradient of the loss) are the next points; the loss of a class is minus the
     sum of its n margins. All classes share each pass; one stops when its loss changes by less than `tolerance`.
-    over: (k, n) margins of k classes to (k,).
     """
     count = len(free) // len(classes)
     free = free.contiguous(memory_format=torch.channels_last)
@@ -94,7 +88,7 @@ def climb(forward: Callable[[Tensor], Tensor], free: Tensor, classes: Sequence[i
     for move in moves:
         margins, gradient = _margins_and_gradient(forward, free, target, num_classes)
         margins = margins.view(-1, count)
-        best[rows] = over(margins)
+        best[rows] = margins.amax(1)
         loss = -margins.sum(1)
         moving = ~((last - loss).abs() < tolerance * last.abs())
         free = move(free.detach(), gradient)

@@ -4,9 +4,6 @@ Normal null: the largest is one more draw beside the others, both mean and sprea
 its distance has Student's t distribution (the deleted residual; Grubbs, Technometrics 1969), and with normal
 margins a threshold on p raises false alarms at that rate whatever the number of classes.
 
-Gumbel null: as the normal one, for margins that lean to the right, as those of a class that many images are near do;
-mean and spread as if they were known, so some margins are needed.
-
 Exponential null: location = the others' smallest, scale = their mean above it (the maximum-likelihood fit of a
 shifted exponential), a contest variant. Gamma null: the original, Mm-Bd (Wang et al., IEEE S&P 2024,
 arXiv:2205.06900), with location, scale and shape by maximum likelihood.
@@ -16,7 +13,6 @@ p = 1, not NaN.
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections.abc import Sequence
 
@@ -40,21 +36,6 @@ def deleted_residual_p_value(margins: Tensor, tried: int | None = None) -> float
     if spread == 0:
         return 1.0
     return _p_of_largest(float(stdtr(len(others) - 1, -(largest - mean) / spread)), tried or len(margins))
-
-
-def gumbel_p_value(margins: Tensor, tried: int | None = None) -> float:
-    """p of the largest of n >= 3 margins under the Gumbel null, in [0, 1]; small = one class stands out.
-
-    p = 1 - exp(-exp(-y)) ** tried, y = (max - mean of the others) / their standard deviation * pi / sqrt(6) + Euler's
-    constant (the distribution by its two moments); as if it were the largest of so many draws, n unless given.
-    """
-    largest, others = _largest_and_others(margins)
-    expect(len(others) >= 2, "margins", "at least three classes", len(margins))
-    mean, spread = statistics.fmean(others), statistics.stdev(others)
-    if spread == 0:
-        return 1.0
-    reduced = (largest - mean) / spread * math.pi / math.sqrt(6) + np.euler_gamma
-    return _p_of_largest(-math.expm1(-math.exp(-reduced)), tried or len(margins))
 
 
 def combined_p_value(p_values: Sequence[float]) -> float:

@@ -13,18 +13,17 @@ PARTS = ("conv1", "layer1", "layer2", "layer3", "layer4", "avgpool", "linear")  
 
 
 class SplitModel:
-    """A frozen copy of a PreActResNet18, cut after its first block or a later layer: trunk(stem(x)) = model(x)."""
+    """A frozen copy of a PreActResNet18, cut after its first block: trunk(stem(x)) = model(x)."""
 
-    def __init__(self, model: nn.Module, layers: int = 0) -> None:
-        """layers: whole ones before the cut, up to three; with none it lies after the first block."""
+    def __init__(self, model: nn.Module) -> None:
         for name in PARTS:
             expect(hasattr(model, name), "model", f"a PreActResNet18 with {name!r}", type(model).__name__)
         expect(not hasattr(model, "bn1"), "model", "a PreActResNet18, without a norm after its stem",
                type(model).__name__)
         net = frozen_copy(model)
-        rest = (net.layer1[1:], net.layer2, net.layer3, net.layer4)
-        self.stem = nn.Sequential(net.conv1, net.layer1[0], *rest[:layers])
-        self.trunk = nn.Sequential(*rest[layers:], net.avgpool, nn.Flatten(), net.linear)
+        self.stem = nn.Sequential(net.conv1, net.layer1[0])
+        self.trunk = nn.Sequential(net.layer1[1:], net.layer2, net.layer3, net.layer4, net.avgpool,
+                                   nn.Flatten(), net.linear)
 
 
 def can_be_split(model: nn.Module) -> bool:

@@ -53,7 +53,8 @@ class Change:
 @dataclass(frozen=True)
 class UniversalConfig:
     images: int = 24       # clean images that share a change, as many of each class as possible
-    changes: tuple[Change, ...] = (Change(0, 0, 0.05), Change(8, 8, 0.1), Change(4, 4, 0.1), Change(1, 0, 0.1))
+    changes: tuple[Change, ...] = (Change(0, 0, 0.1), Change(0, 0, 0.05), Change(8, 8, 0.1), Change(4, 4, 0.1),
+                                   Change(1, 0, 0.1))
     steps: int = 3         # gradient steps of each change
     kept: int = 20         # classes that are followed; of more all are tried first, under the first change
     block: int = 1 << 22   # pixel values through the network at once; for memory only

@@ -1,16 +1,15 @@
 """What each part of the detector adds: `python -m benchmarks.detector_changes ZOO...`.
 
 Every network climbs once under every change below, those that ship and those that do not, and its features are pushed
-freely at both depths; then the verdict is asked of what ships (the mean of some changes, and the features), of it by
-another way of combining, of each part alone and left out, of the changes without each of them, of each alone, with
-more, and of each by itself (Cauchy combination). One thread a network; what is done is kept under runs/, so a second
-call goes on.
+freely; then the verdict is asked of what ships (the mean of some changes, and the features), of each of the two alone,
+of the changes without each of them, of each alone, with more, and of each by itself (Cauchy combination). One thread a
+network; what is done is kept under runs/, so a second call goes on.
 """
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -24,10 +23,10 @@ from sklearn.metrics import roc_auc_score
 from backdoor_detection import detection, universal
 from backdoor_detection.changed_images import ChangedImages
 from backdoor_detection.clean_images import draw_balanced, read_clean_images
-from backdoor_detection.detection import PUSHED, DetectorConfig, standing_out, standing_out_freely
-from backdoor_detection.free_features import CUTS, free_margins
+from backdoor_detection.detection import DetectorConfig, standing_out, standing_out_freely
+from backdoor_detection.free_features import free_margins
 from backdoor_detection.outlier import combined_p_value, fisher_p_value
-from backdoor_detection.split_model import frozen_copy
+from backdoor_detection.split_model import SplitModel, frozen_copy
 from backdoor_detection.universal import Change, Reach, UniversalConfig, universal_reach
 from benchmarks.options import RECORDS
 from data.errors import InputError
@@ -37,29 +36,26 @@ from submit.kept_units import code_of_modules, kept_unit
 from submit.records import environment
 
 SEED = 0
-NAMES = ("every pixel, 0.05", "8 x 8 points", "4 x 4 points", "columns")
+NAMES = ("every pixel", "every pixel, 0.05", "8 x 8 points", "4 x 4 points", "columns")
 SHIPPED = dict(zip(NAMES, UniversalConfig().changes, strict=True))
-OTHERS = {"every pixel": Change(0, 0, 0.1), "every pixel, 0.025": Change(0, 0, 0.025), "rows": Change(0, 1, 0.1),
-          "columns, 0.2": Change(1, 0, 0.2)}
-PARTS = ("changes", "early features", "deep features")
+OTHERS = {"rows": Change(0, 1, 0.1), "every pixel, 0.025": Change(0, 0, 0.025), "columns, 0.2": Change(1, 0, 0.2)}
 KEYS = frozenset({"stages", "kept", "null", "free"})
 
 
 def climbed(sample: ZooModel) -> dict:
-    """The stages of one network under all changes and p of its free features at each depth, as JSON values."""
+    """The stages of one network under all changes and p of its free features, as JSON values."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(SEED)
     given = read_clean_images(sample.images_folder, sample.transformation, size=None, channels=3, generator=generator)
     config = replace(UniversalConfig(), changes=(*SHIPPED.values(), *OTHERS.values()))
-    drawn = draw_balanced(given.labels.tolist(), PUSHED * config.images, generator=generator)
-    model, pixels, labels = load_model(sample), given.pixels[drawn], given.labels[drawn]
-    places = draw_balanced(labels.tolist(), config.images, generator=generator)
-    images = ChangedImages(frozen_copy(model), pixels[places], labels[places], given.std, sample.num_classes,
+    places = draw_balanced(given.labels.tolist(), config.images, generator=generator)
+    model, pixels = load_model(sample), given.pixels[places]
+    images = ChangedImages(frozen_copy(model), pixels, given.labels[places], given.std, sample.num_classes,
                            config.block)
     found = universal_reach(images, config)
-    free = [free_margins(model, cut, pixels, found.kept, sample.num_classes, block=config.block) for cut in CUTS]
+    free = free_margins(SplitModel(model), pixels, found.kept, sample.num_classes, block=config.block)
     return {"stages": found.stages.tolist(), "kept": list(found.kept), "null": list(found.null),
-            "free": [standing_out_freely(margins, found, cut)[0] for margins, cut in zip(free, CUTS, strict=True)]}
+            "free": standing_out_freely(free, found)[0]}
 
 
 def unit(folder: Path, sample: ZooModel) -> dict:
@@ -85,16 +81,9 @@ def ways() -> dict:
     def judged(names: Sequence[str]):
         return lambda found: standing_out(part(found, names))[0]
 
-    def combined(combine: Callable[[Sequence[float]], float], *places: int):
-        """Of the changes (0) and the features at each depth (1, 2)."""
-        return lambda found: combine([[changes(found), *found["free"]][i] for i in sorted(places)])
-
     changes = judged([*SHIPPED])
-    table = {"shipped": combined(fisher_p_value, 0, 1, 2),
-             "shipped, by Cauchy's combination": combined(combined_p_value, 0, 1, 2)}
-    for i, name in enumerate(PARTS):
-        table[f"{name} alone"] = combined(fisher_p_value, i)
-        table[f"all but {name}"] = combined(fisher_p_value, *({0, 1, 2} - {i}))
+    table = {"shipped": lambda found: fisher_p_value([changes(found), found["free"]]), "changes alone": changes,
+             "free features alone": lambda found: found["free"]}
     table |= {f"without {left_out}": judged([name for name in SHIPPED if name != left_out]) for left_out in SHIPPED}
     table |= {f"{name} alone": judged([name]) for name in (*SHIPPED, *OTHERS)}
     table |= {f"with {name}": judged([*SHIPPED, name]) for name in OTHERS}
@@ -130,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(options.out, {"command": f"python -m benchmarks.detector_changes {names}", "models": len(models),
                              "backdoored": int(truth.sum()), "table": table, "environment": environment()})
     for name, values in table.items():
-        print(f"{name:30} " + "  ".join(f"{key.replace('_', ' ')} {value:5.1f}" for key, value in values.items()))
+        print(f"{name:28} " + "  ".join(f"{key.replace('_', ' ')} {value:5.1f}" for key, value in values.items()))
 
 
 if __name__ == "__main__":

@@ -284,11 +284,11 @@ def _write(n: int, place: Place) -> Work:
 
 def backdoor(classes: int, half: bool) -> Workload:
     """The whole plan of the detector on a full-width PreActResNet18; it does less where its deadline is near."""
-    from backdoor_detection.detection import PUSHED, DetectorConfig, Plan
-    from backdoor_detection.free_features import CUTS
+    from backdoor_detection.detection import DetectorConfig, Plan
+    from backdoor_detection.free_features import STEPS
 
     reach = DetectorConfig().reach
-    plan = Plan(reach.images, PUSHED * reach.images, 1, reach.steps, reach.kept, len(reach.changes), CUTS)
+    plan = Plan(reach.images, 1, reach.steps, reach.kept, len(reach.changes), STEPS)
     together = max(1, reach.block // (reach.images * CHANNELS * SIDE * SIDE))  # classes in one block
     at_once = reach.images * min(together, classes, reach.kept)
     return Workload(f"one network of {classes} classes, {SIDE} x {SIDE}", (

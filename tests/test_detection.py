@@ -11,9 +11,8 @@ from PIL import Image
 from torch import nn
 
 from backdoor_detection import detection
-from backdoor_detection.detection import FORWARD, TRIES, DetectorConfig, Plan, detect, standing_out, standing_out_freely
-from backdoor_detection.free_features import CUTS
-from backdoor_detection.outlier import deleted_residual_p_value, fisher_p_value, gumbel_p_value, outlier_p_value
+from backdoor_detection.detection import TRIES, DetectorConfig, Plan, detect, standing_out, standing_out_freely
+from backdoor_detection.outlier import deleted_residual_p_value, fisher_p_value, outlier_p_value
 from backdoor_detection.universal import Change, Reach, UniversalConfig
 from data.preact_resnet import new_model
 
@@ -71,8 +70,7 @@ def test_a_class_that_one_small_shift_reaches_is_found(images, classes):
     assert found.margins.shape == (classes,) and found.margins.argmax() == target
     assert len(found.kept) == min(classes, 20) and target in found.kept
     if classes <= 20:
-        null = deleted_residual_p_value if classes == 3 else gumbel_p_value
-        assert found.p_value == pytest.approx(null(found.margins, classes), rel=1e-6)
+        assert found.p_value == pytest.approx(deleted_residual_p_value(found.margins, classes), rel=1e-6)
     assert (found.images, found.side, found.steps, found.steps_asked) == (12, 8, 5, 5)
 
 
@@ -88,15 +86,14 @@ def test_free_features_add_their_say_where_a_network_can_be_cut(images):
     model = a_model(10)
     model.linear.bias.data[7] += 1
     found = judged(model, images, 10)
-    assert len(found.p_values) == 3 and found.p_value == pytest.approx(fisher_p_value(found.p_values))
-    assert found.p_values[0] == gumbel_p_value(found.margins, 10)
+    assert len(found.p_values) == 2 and found.p_value == pytest.approx(fisher_p_value(found.p_values))
+    assert found.p_values[0] == deleted_residual_p_value(found.margins, 10)
     plain = judged(Linear(10), images, 10)
     assert len(plain.p_values) == 1 and plain.p_value == pytest.approx(plain.p_values[0])
-    cut = [judged(model, images, 10, clock=leap_after(calls)) for calls in range(15, 41)]
+    cut = [judged(model, images, 10, clock=leap_after(calls)) for calls in range(15, 32)]
     seen = [(f.steps, len(f.p_values)) for f in cut]
-    assert seen == sorted(seen) and seen[0][0] < 5  # all or nothing of the features at each depth
-    assert {(5, 1), (5, 2), (5, 3)} < set(seen)
-    assert all(f.p_value == pytest.approx(fisher_p_value(f.p_values)) for f in cut)
+    assert seen == sorted(seen) and {(5, 1), (5, 2)} < set(seen) and seen[0][0] < 5  # all or nothing of the features
+    assert all(f.p_value == pytest.approx(f.p_values[0]) for f in cut if len(f.p_values) == 1)
 
 
 def leap_after(calls):
@@ -105,16 +102,14 @@ def leap_after(calls):
     return lambda: 1000.0 + (DEADLINE * 2 if asked.append(None) or len(asked) > calls else 0.0)
 
 
-def test_free_features_are_judged_by_the_null_of_their_depth():
-    early, deep = CUTS
+def test_free_features_are_judged_by_the_reports_null():
     stages = torch.tensor([[1.0, 2, 3, 4, 9]])
     found = Reach(stages, (0, 1, 2, 3), (0, 2, 3), 3, 3)  # class 4 was not followed
-    for cut, null in ((early, outlier_p_value), (deep, deleted_residual_p_value)):
-        p_value, suspect = standing_out_freely(torch.tensor([0.0, 9.0, 1.0, 2.0]), found, cut)
-        assert suspect == 1 and p_value == null(torch.tensor([9.0, 0.0, 1.0, 2.0]), 5)
-        assert standing_out_freely(torch.tensor([0.0, float("nan"), 1.0, 2.0]), found, cut)[0] == 1.0
-        two = Reach(stages, (0, 1), (0, 1), 3, 3)
-        assert standing_out_freely(torch.tensor([0.0, 9.0]), two, cut) == (1.0, 1)
+    p_value, suspect = standing_out_freely(torch.tensor([0.0, 9.0, 1.0, 2.0]), found)
+    assert suspect == 1 and p_value == outlier_p_value(torch.tensor([9.0, 0.0, 1.0, 2.0]), 5)
+    assert standing_out_freely(torch.tensor([0.0, float("nan"), 1.0, 2.0]), found)[0] == 1.0
+    two = Reach(stages, (0, 1), (0, 1), 3, 3)
+    assert standing_out_freely(torch.tensor([0.0, 9.0]), two) == (1.0, 1)
 
 
 def test_two_classes_are_never_told_apart(images):
@@ -246,7 +241,7 @@ class Clock:
 
 
 class Timed(Linear):
-    """Takes `seconds` an image of 32 pixels a side there and back, `slower` times that where they are several."""
+    """Takes `seconds` an image of 32 pixels a side, `slower` times that where they are several."""
 
     def __init__(self, clock, seconds, slower=1.0, classes=10):
         super().__init__(classes, size=4)
@@ -255,7 +250,6 @@ class Timed(Linear):
     def forward(self, x):
         self.clock.starts.append(self.clock.now - 1000)
         share = x.shape[-1] ** 2 / 32 ** 2
-        share *= 1 if torch.is_grad_enabled() else FORWARD
         self.clock.now += len(x) * share * self.seconds * (1 if len(x) == 1 else self.slower)
         return super().forward(nn.functional.adaptive_avg_pool2d(x, 4))
 
@@ -288,7 +282,7 @@ def test_a_plan_gets_cheaper_as_time_gets_short(large_images):
 @pytest.mark.parametrize("classes", [4, 10, 43])
 def test_a_plan_counts_what_is_done(large_images, classes):
     found, clock = timed(large_images, 1e-5, classes=classes)
-    counted = Plan(6, 6, 1, 8, 8, 1, ()).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
+    counted = Plan(6, 1, 8, 8, 1, 0).passes(classes) * 4 * 1e-5  # four times 32x32 pixels
     assert clock.now - 1000 - (TRIES + 6) * 4 * 1e-5 == pytest.approx(counted)  # timed before: one image, all six
     assert found.steps == 8
 
@@ -347,7 +341,7 @@ def test_one_step_a_change_stays_as_asked(large_images):
 
 def test_the_mean_over_the_changes_is_judged(images):
     found = judged(Linear(10, 3), images, 10, reach=UniversalConfig(steps=2))
-    assert found.suspect == 3 and found.backdoored and found.steps == found.steps_asked == 8
+    assert found.suspect == 3 and found.backdoored and found.steps == found.steps_asked == 10
     stages = torch.tensor([[1.0, 2, 3, 4, 9], [0, 1, 0, 1, 0], [1, 2, 1, 3, 4]])
     p_value, suspect = standing_out(Reach(stages, (0, 1, 2, 3, 4), (0, 1, 2, 3), 3, 3))
     assert suspect == 4 and p_value == deleted_residual_p_value(stages.mean(0), 5)
