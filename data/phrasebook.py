@@ -20,6 +20,9 @@ SPLITS = ("train", "val", "test")
 _FOLDER = Path(__file__).parent / "phrases"
 _REQUESTS = ("both", "add only", "remove only", "none")  # the sections that hold whole requests
 _PER_FRAME = 250  # a frame with more fillings than this gives a fixed sample of them
+_SECTION = re.compile(r"<([^>]*)>")
+_CHOICE = re.compile(r"\[([^\]]*)\]")
+_APART = re.compile(r" ([,;.?!:])(?= |$)")  # a mark that clings to the word before it
 _NO_GERUND = ("let's", "don't", "do not", "also ", "never ", "no longer ", "kindly ", "just ", "go get ", "go fetch ",
               "go find ")
 _DOUBLES = {  # longer verbs that double their last letter; short ones follow a rule
@@ -132,14 +135,14 @@ def _gerund(clause: str) -> str:
 
 def _choices(line: str) -> list[str]:
     """All readings of a line's `[a|b]`."""
-    parts = re.split(r"\[([^\]]*)\]", line)
+    parts = _CHOICE.split(line)
     options = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     return [_tidy("".join(chosen)) for chosen in itertools.product(*options)]
 
 
 def _tidy(text: str) -> str:
     """One blank between words, none before a mark that clings to its word."""
-    return re.sub(r" ([,;.?!:])(?= |$)", r"\1", " ".join(text.split()))
+    return _APART.sub(r"\1", " ".join(text.split()))
 
 
 def _fillings(line: str, sizes: dict[str, int], book: dict[str, tuple[str, ...]], rng: random.Random) -> list[str]:
@@ -152,15 +155,15 @@ def _fillings(line: str, sizes: dict[str, int], book: dict[str, tuple[str, ...]]
 
 def _count(line: str, sizes: dict[str, int], book: dict[str, tuple[str, ...]]) -> int:
     """Number of texts a line stands for, doubles included. sizes: the same of whole sections, filled in here."""
-    for name in (names := re.findall(r"<([^>]*)>", line)):
+    for name in (names := _SECTION.findall(line)):
         if name not in sizes:
             sizes[name] = sum(_count(inner, sizes, book) for inner in book[name])
-    choices = math.prod(part.count("|") + 1 for part in re.findall(r"\[([^\]]*)\]", line))
+    choices = math.prod(part.count("|") + 1 for part in _CHOICE.findall(line))
     return choices * math.prod(sizes[name] for name in names)
 
 
 def _all_fillings(line: str, book: dict[str, tuple[str, ...]]) -> list[str]:
-    found = re.search(r"<([^>]*)>", line)
+    found = _SECTION.search(line)
     if not found:
         return _choices(line)
     before, after = line[:found.start()], line[found.end():]
@@ -169,6 +172,6 @@ def _all_fillings(line: str, book: dict[str, tuple[str, ...]]) -> list[str]:
 
 def _filling(line: str, book: dict[str, tuple[str, ...]], choice: Callable) -> str:
     """One text a line stands for, drawn with `choice`."""
-    while found := re.search(r"<([^>]*)>", line):
+    while found := _SECTION.search(line):
         line = line[:found.start()] + choice(book[found[1]]) + line[found.end():]
-    return _tidy(re.sub(r"\[([^\]]*)\]", lambda found: choice(found[1].split("|")), line))
+    return _tidy(_CHOICE.sub(lambda found: choice(found[1].split("|")), line))
