@@ -136,7 +136,8 @@ def _timm_net(config: BackboneConfig) -> nn.Module:
         arguments["act_layer"] = ACTIVATION[config.activation]
     if "embed_layer" in arguments:
         stem = arguments["embed_layer"]
-        expect(stem in [*STEMS], "BackboneConfig.arguments embed_layer", f"one of {', '.join(STEMS)}", stem)
+        expect(stem in [*STEMS],  # not in STEMS: a stranger's value may have no hash
+               "BackboneConfig.arguments embed_layer", f"one of {', '.join(STEMS)}", stem)
         arguments["embed_layer"] = STEMS[stem]
     try:
         net = timm.create_model(config.architecture, pretrained=False, **arguments)
